@@ -1,0 +1,4547 @@
+#!/usr/bin/env python3
+# Copyright (c) 2026, the proxsmtpd authors.  BSD 3-clause; see LICENSE.
+"""proxsmtpd: an SMTP proxy that runs every message through a filter command.
+
+The path of one message.  A client connects; its connection gets a thread and a
+`Session`, which connects to the server.  From then on the session relays: one
+command to the server, the server's whole reply back, then the next command.
+DATA is answered by the session itself: the mail data is taken out of the
+dialogue into a spool, the filter runs on it, and its exit decides.  Only when
+the filter has agreed does the server hear DATA and get the filtered message,
+and only when the server has accepted does the client hear 250.  Without a
+filter the mail data streams through in large blocks.
+
+    client --- Channel --- Session --- Channel --- server
+                              |
+                  Spool --- Filter --- Spool
+
+Who owns what.  The main thread owns the listening socket, the signals and the
+pid file.  A session's thread owns its two sockets, its spools and its filter
+process; nothing of it is shared but the log, the slots of MaxConnections, and
+the list of running filters, by which the main thread ends them when the daemon
+ends.
+
+Everything up to the banner "I/O" is pure: no socket, no clock, no file but the
+configuration.  Octets on the wire are bytes; configuration and log are str.
+"""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import errno
+import fcntl
+import getopt
+import io
+import itertools
+import math
+import os
+import pwd
+import re
+import resource
+import select
+import signal
+import socket
+import socketserver
+import stat
+import struct
+import sys
+import syslog
+import termios
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
+from typing import Any, Callable, NamedTuple, NoReturn, Optional, TypeVar, Union
+
+# ---------------------------------------------------------------------------
+# Constants
+# ---------------------------------------------------------------------------
+
+VERSION = "2.0"
+NAME = "proxsmtpd"
+CONFIG_FILE = "/usr/local/etc/proxsmtpd.conf"
+
+USAGE = """\
+usage: proxsmtpd [-d debuglevel] [-f configfile] [-p pidfile]
+       proxsmtpd -t [-d debuglevel] [-f configfile] [message ...]
+       proxsmtpd -v"""
+
+IS_LINUX = sys.platform == "linux"
+
+DEFAULT_LISTEN_PORT = 10025
+DEFAULT_SERVER_PORT = 25
+MAX_CONNECTIONS = 10240
+
+# AUTH allows a line of 12,288 octets with its CRLF (RFC 4954 section 4); every
+# other limit (RFC 5321 4.5.3.1.4: 512, and what extensions add) is smaller.
+COMMAND_LIMIT = 12288
+# A reply line has 512 octets at most (RFC 5321 4.5.3.1.5), whole of a reply is
+# not bounded there; nobody says this much in answer to one command.
+REPLY_LIMIT = 256 * 1024
+REPLY_LINE_LIMIT = 512
+XCLIENT_LIMIT = 512
+PROXY_1_LIMIT = 107  # octets with the CRLF, says the protocol
+PROXY_2_LIMIT = 4096  # it may have 64 KiB of fields, but none that says so much
+
+# One environment variable with its name and NUL: MAX_ARG_STRLEN, 32 pages on
+# Linux.  The other systems bound only the sum, by more than this.
+VARIABLE_LIMIT = 128 * 1024
+RECIPIENTS_LIMIT = VARIABLE_LIMIT - len(b"RECIPIENTS=\0")
+
+BLOCK = 256 * 1024  # mail data read from a socket or a file at a time
+SMALL_BLOCK = 16 * 1024  # commands and replies
+SPOOL_MEMORY = 1024 * 1024  # of a message in memory; what is longer is in a file
+PIPE_BLOCK = 64 * 1024  # a pipe's usual capacity
+LINE_KEPT = 1024  # of a line of the filter's standard error
+
+LISTEN_QUEUE = 1024
+CHECK_SECONDS = 3.0  # for each of -t's steps at the server
+NOTIFY_SECONDS = 1.0  # for a service manager that is busy
+FOR_EVER = 2_000_000  # seconds, 23 days
+STACK_SIZE = 512 * 1024
+LIVELY = 0.05  # seconds in which a client in full swing sends its next octets
+LINGER = 2.0  # seconds for a client to read our last word
+LINGER_OCTETS = 16 * 1024 * 1024
+# Seconds for messages under way when the daemon ends, and then for the filters:
+# less than the 5 after which Debian's init script kills us, and not the filters.
+DATA_GRACE = 3.5
+FILTER_GRACE = 1.0
+TIMES_KEPT = 1000  # of the last messages, for the statistics
+KILL_GRACE = 2.0  # seconds between SIGTERM and SIGKILL
+PROCESSOR_CHECK = 1.0  # seconds between looks at who else uses our processor
+PROCESSOR_SHARE = 0.2  # of it that others must use more than of another to move us
+ACCEPT_PAUSE = 0.2  # seconds without accepting when the system is exhausted
+DESCRIPTORS_APART = 32  # descriptors of the process that no connection has
+DESCRIPTORS_EACH = 10  # descriptors that a connection with a filter has
+
+# Service extensions that a proxy for commands and mail data cannot carry: they
+# hide the dialogue, bring mail data by other ways than DATA, or change whom
+# the server takes us for.
+REMOVED_EXTENSIONS = frozenset(
+    b"STARTTLS CHUNKING BINARYMIME CHECKPOINT XCLIENT XEXCH50 BURL PRDR"
+    b" PIPECONNECT PIPE_CONNECT X_PIPE_CONNECT PIPELINING".split()
+)
+
+# XCLIENT's refusals that speak of the command or of us, not of the client.
+XCLIENT_UNAVAILABLE = frozenset((500, 501, 502, 503, 504, 550))
+# What a server has where nobody could see its list, since there was no EHLO.
+# Without NAME it would go on to take the client for the host that we are on.
+XCLIENT_UNLISTED = frozenset((b"NAME",))
+
+# Every reply of ours; the rest is the server's or the filter's.
+GREETING = b"220 smtp.passthru"
+HELLO = b"smtp.passthru"
+START_INPUT = b"354 Start mail input; end with <CRLF>.<CRLF>"
+BUSY = b"421 Server busy, too many connections"
+NO_THREAD = b"421 Local Error, cannot start thread"
+NO_RESOURCES = b"421 Local Error, try again later"
+NO_SERVER = b"421 Server not available"
+NO_DESTINATION = b"421 No original destination to connect to"
+SERVER_LOST = b"421 Connection to server lost"
+SERVER_TIMED_OUT = b"421 Server timed out"
+SERVER_CONFUSED = b"421 Server gave an unusable reply"
+CLIENT_TIMED_OUT = b"421 Timed out waiting for client"
+CLIENT_GONE = b"421 Client closed the connection before the message was accepted"
+SHUTTING_DOWN = b"421 Service shutting down"
+LOCAL_ERROR = b"451 Local Error"
+TOO_MANY_RECIPIENTS = b"452 Too many recipients"
+TOO_LARGE = b"552 Message too large"
+LINE_TOO_LONG = b"500 Line too long"
+BAD_CHARACTER = b"500 Bad character in command"
+UNRECOGNIZED = b"500 Command unrecognized"
+BARE_LINE_FEED = b"500 Lines must end in CRLF"
+DATA_ARGUMENT = b"501 DATA takes no argument"
+NOT_IMPLEMENTED = b"502 Command not implemented"
+NO_TRANSACTION = b"503 DATA needs an accepted MAIL and RCPT first"
+INSUFFICIENT_AUTHORIZATION = b"554 Insufficient authorization"
+OUT_OF_STEP = b"554 Mail data sent without leave"
+CONTENT_REJECTED = b"550 Content Rejected"
+EMAIL_REJECTED = "530 Email Rejected"
+
+
+# ---------------------------------------------------------------------------
+# Errors
+# ---------------------------------------------------------------------------
+
+
+class ProxsmtpdError(Exception):
+    """The root of this program's own errors."""
+
+
+class UsageError(ProxsmtpdError):
+    """The command line is wrong; the text, where there is one, says how."""
+
+
+class ConfigError(ProxsmtpdError):
+    """One fault of a configuration file: text, path, and line (0: the whole)."""
+
+    def __init__(self, text: str, path: str, line: int = 0) -> None:
+        super().__init__(shown(f"{path}:{line}: {text}" if line else text))
+        self.path = path
+        self.line = line
+
+
+class SystemRefused(ProxsmtpdError):
+    """The system said no to something the daemon cannot start without."""
+
+
+class Refusal(ProxsmtpdError):
+    """Ends a command; `reply` is what the client gets for it."""
+
+    def __init__(self, *lines: bytes) -> None:
+        super().__init__(*lines)
+        self.reply = Reply.of(*lines)
+
+
+class FilterFailure(ProxsmtpdError):
+    """The filter, or what it needs, failed: the message is to be sent again."""
+
+
+class NoRoom(FilterFailure):
+    """A message cannot be kept: TempDirectory fails, not the filter."""
+
+
+class BadProxyHeader(ProxsmtpdError):
+    """A connection does not begin with a PROXY header; the text says with what."""
+
+
+class BadReply(ProxsmtpdError):
+    """The server sent something that is no SMTP reply (RFC 5321 4.2)."""
+
+
+class Hangup(ProxsmtpdError):
+    """Ends a session; `reply` is our last word to the client, or None.
+
+    `level` is how loud the log says why.
+    """
+
+    level = 1  # a warning
+
+    def __init__(self, cause: str, *lines: bytes) -> None:
+        super().__init__(cause)
+        self.reply = Reply.of(*lines) if lines else None
+
+
+class ShuttingDown(Hangup):
+    """The daemon ends."""
+
+    level = 4
+
+    def __init__(self) -> None:
+        super().__init__("shutting down", SHUTTING_DOWN)
+
+
+class ClientLost(Hangup):
+    """The client closed or broke its connection, or stopped reading."""
+
+    level = 4
+
+
+class ServerLost(Hangup):
+    """The server closed or broke its connection, fell silent or talks nonsense."""
+
+    level = 0
+
+
+# ---------------------------------------------------------------------------
+# Text and octets
+# ---------------------------------------------------------------------------
+
+
+def to_octets(text: str) -> bytes:
+    """Configuration text as the octets that stood in the file."""
+    return text.encode("utf-8", "surrogateescape")
+
+
+def to_text(octets: bytes) -> str:
+    """Octets as text from which `to_octets` gets them back unharmed."""
+    return octets.decode("utf-8", "surrogateescape")
+
+
+_UNPRINTABLE = {n: f"\\x{n:02x}" for n in (*range(32), 127)}
+
+
+def printable(octets: bytes) -> str:
+    """Octets from anywhere as printable ASCII, for the log.
+
+    What is not printable ASCII becomes ``\\xNN``; the log never holds a control
+    character that a stranger sent.
+    """
+    return octets.decode("ascii", "backslashreplace").translate(_UNPRINTABLE)
+
+
+def shown(text: str) -> str:
+    """Configuration text as printable ASCII, for the log."""
+    return printable(to_octets(text))
+
+
+# ---------------------------------------------------------------------------
+# Addresses
+# ---------------------------------------------------------------------------
+
+# RFC 1035 2.3.4 and 2.3.1, and the underscores that people use.
+_LABEL = r"[A-Za-z0-9_][A-Za-z0-9_-]{0,62}"
+_HOST_NAME = re.compile(rf"{_LABEL}(?:\.{_LABEL})*\.?")
+_NUMERIC_HOST = re.compile(r"[0-9.]+")
+_ANY_HOSTS = ("", "0.0.0.0", "::")
+
+
+class Address(NamedTuple):
+    """Where to listen or connect: a unix socket's path, or a host and a port."""
+
+    text: str  # as it stands in the configuration
+    host: str  # name, IPv4 or IPv6 address; "" where only a port is given
+    port: int  # 0 for a unix socket
+    path: str = ""  # of a unix socket, else ""
+
+    @property
+    def is_any(self) -> bool:
+        """Names no host: all local addresses, or the loopback feature."""
+        return not self.path and self.host in _ANY_HOSTS
+
+    @classmethod
+    def parse(cls, text: str, default_port: int) -> Address:
+        """Parse one of the forms in proxsmtpd.conf(5); ValueError if it is none."""
+        if text.startswith("/"):
+            return cls(text, "", 0, text)
+        if text.isdigit():
+            return cls(text, "", _port(text))
+        host, port = _split_host(text)
+        if not is_host(host):
+            raise ValueError(text)
+        return cls(text, host, _port(port) if port is not None else default_port)
+
+
+def _split_host(text: str) -> tuple[str, Optional[str]]:
+    """Split ``host``, ``host:port``, ``[v6]``, ``[v6]:port`` or bare ``v6``."""
+    if text.startswith("["):
+        host, bracket, rest = text[1:].partition("]")
+        if not bracket or not is_ipv6(host) or (rest and rest[0] != ":"):
+            raise ValueError(text)
+        return host, rest[1:] if rest else None
+    if is_ipv6(text):
+        return text, None
+    host, colon, port = text.partition(":")
+    return host, port if colon else None
+
+
+def _port(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 0 < int(text) < 65536:
+        raise ValueError(text)
+    return int(text)
+
+
+def _is_numeric(family: int, host: str) -> bool:
+    try:
+        socket.inet_pton(family, host)
+    except (OSError, UnicodeError):
+        return False
+    return True
+
+
+def is_ipv6(host: str) -> bool:
+    """Whether `host` is an IPv6 address, with or without a scope (``%eth0``)."""
+    return _is_numeric(socket.AF_INET6, host.partition("%")[0])
+
+
+def is_host(host: str) -> bool:
+    """Whether `host` is an IP address or could be a name."""
+    if _is_numeric(socket.AF_INET, host) or is_ipv6(host):
+        return True
+    if _NUMERIC_HOST.fullmatch(host):
+        return False
+    return len(host) < 256 and _HOST_NAME.fullmatch(host) is not None
+
+
+class Peer(NamedTuple):
+    """One end of a connection; both are empty for a unix socket."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def of(cls, sockaddr: Any) -> Peer:
+        """From a socket's address; a v4-mapped one is shown as plain IPv4."""
+        if not isinstance(sockaddr, tuple):
+            return cls("", 0)
+        host = sockaddr[0]
+        if host.startswith("::ffff:") and "." in host:
+            host = host[len("::ffff:") :]
+        if len(sockaddr) == 4 and sockaddr[3]:
+            # A link-local address is nothing without its interface (RFC 4007).
+            host = f"{host}%{socket.if_indextoname(sockaddr[3])}"
+        return cls(host, sockaddr[1])
+
+
+# ---------------------------------------------------------------------------
+# The PROXY header (HAProxy's proxy-protocol.txt, versions 1 and 2)
+# ---------------------------------------------------------------------------
+
+
+class ProxyHeader(NamedTuple):
+    """What stands before the first octet of SMTP: who connected, to what."""
+
+    length: int  # in octets
+    client: Optional[Peer] = None  # None: whoever has connected to us
+    local: Optional[Peer] = None
+
+    @classmethod
+    def parse(cls, octets: bytes) -> Optional[ProxyHeader]:
+        """Parse what a connection began with; None until more has come.
+
+        Raises `BadProxyHeader` for what cannot become a header.
+        """
+        if octets.startswith(_PROXY_2_SIGNATURE):
+            return _parse_proxy_2(octets)
+        if octets.startswith(_PROXY_1_START):
+            return _parse_proxy_1(octets)
+        if any(s.startswith(octets) for s in (_PROXY_1_START, _PROXY_2_SIGNATURE)):
+            return None
+        raise BadProxyHeader("something else")
+
+
+_PROXY_1_START = b"PROXY "
+_PROXY_1_LINE = re.compile(
+    rb"PROXY (?:UNKNOWN(?: .*)?"
+    rb"|TCP([46]) ([0-9A-Fa-f.:]+) ([0-9A-Fa-f.:]+)"
+    rb" (0|[1-9][0-9]{0,4}) (0|[1-9][0-9]{0,4}))"
+)
+_PROXY_2_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
+_PROXY_2_FIXED = struct.Struct("!12sBBH")
+_CRC32C_TYPE = 3
+_PROXY_2_LOCAL, _PROXY_2_PROXY = 0x20, 0x21
+# Of a stream's two families: the family, and an address's octets.
+_PROXY_2_FAMILIES = {0x11: (socket.AF_INET, 4), 0x21: (socket.AF_INET6, 16)}
+
+
+def _parse_proxy_1(octets: bytes) -> Optional[ProxyHeader]:
+    line, end, _ = octets[:PROXY_1_LIMIT].partition(b"\r\n")
+    if not end:
+        if len(octets) >= PROXY_1_LIMIT:
+            raise BadProxyHeader("a line without end")
+        return None
+    match = _PROXY_1_LINE.fullmatch(line)
+    if match is None:
+        raise BadProxyHeader(printable(line))
+    length = len(line) + 2
+    if match[1] is None:
+        return ProxyHeader(length)
+    family = socket.AF_INET if match[1] == b"4" else socket.AF_INET6
+    try:
+        hosts = [socket.inet_pton(family, match[n].decode("ascii")) for n in (2, 3)]
+    except OSError:
+        raise BadProxyHeader(printable(line)) from None
+    client, local = (
+        _numeric_peer(family, host, int(port))
+        for host, port in zip(hosts, (match[4], match[5]))
+    )
+    return ProxyHeader(length, client, local)
+
+
+def _parse_proxy_2(octets: bytes) -> Optional[ProxyHeader]:
+    if len(octets) < _PROXY_2_FIXED.size:
+        return None
+    _, command, family_and_protocol, length = _PROXY_2_FIXED.unpack_from(octets)
+    length += _PROXY_2_FIXED.size
+    if command not in (_PROXY_2_LOCAL, _PROXY_2_PROXY):
+        raise BadProxyHeader(f"version and command {command:#x}")
+    is_known = family_and_protocol >> 4 <= 3 and family_and_protocol & 15 <= 2
+    if command == _PROXY_2_PROXY and not is_known:
+        raise BadProxyHeader(f"family and protocol {family_and_protocol:#x}")
+    if length > PROXY_2_LIMIT:
+        raise BadProxyHeader(f"{length} octets")
+    if len(octets) < length:
+        return None
+    family, size = _PROXY_2_FAMILIES.get(family_and_protocol, (None, 0))
+    start, rest = _PROXY_2_FIXED.size, length - _PROXY_2_FIXED.size
+    if family is None or command == _PROXY_2_LOCAL:
+        return ProxyHeader(length)  # LOCAL, or addresses of another kind
+    if rest < 2 * size + 4:
+        raise BadProxyHeader("no room for its addresses")
+    hosts = octets[start : start + size], octets[start + size : start + 2 * size]
+    ports = struct.unpack_from("!HH", octets, start + 2 * size)
+    _check_proxy_2(octets[:length], start + 2 * size + 4)
+    client, local = map(_numeric_peer, (family, family), hosts, ports)
+    return ProxyHeader(length, client, local)
+
+
+def _check_proxy_2(header: bytes, start: int) -> None:
+    """See that the fields behind the addresses are whole, and the checksum right."""
+    while start < len(header):
+        kind, size = struct.unpack("!BH", header[start : start + 3].ljust(3, b"\xff"))
+        end = start + 3 + size
+        if end > len(header):
+            raise BadProxyHeader("a field without end")
+        if kind == _CRC32C_TYPE:
+            blank = header[: start + 3] + bytes(size) + header[end:]
+            if header[start + 3 : end] != crc32c(blank).to_bytes(4, "big"):
+                raise BadProxyHeader("wrong checksum")
+        start = end
+
+
+def _numeric_peer(family: int, host: bytes, port: int) -> Peer:
+    if port > 65535:
+        raise BadProxyHeader(f"port {port}")
+    return Peer.of((socket.inet_ntop(family, host), port))
+
+
+def crc32c(octets: bytes) -> int:
+    """The checksum of RFC 3720 appendix B.4, for no more than a header."""
+    crc = 0xFFFFFFFF
+    for octet in octets:
+        crc ^= octet
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+# ---------------------------------------------------------------------------
+# Commands (RFC 5321 section 4.1)
+# ---------------------------------------------------------------------------
+
+# Servers skip more white space than the grammar has.
+_BLANKS = b" \t\v\f"
+_FORBIDDEN_IN_COMMAND = re.compile(rb"[\0\r\n]")
+_VERB = re.compile(rb"[ \t\v\f]*([^ \t\v\f]*)[ \t\v\f]*")
+_PLAIN_VERB = re.compile(rb"[!-~]*")
+
+# What we must not miss when a server takes something else for it: some compare
+# four letters only, some take abbreviations.
+_GUARDED_VERBS = (b"MAIL", b"RCPT", b"AUTH", b"DATA", b"BDAT", b"BURL", b"XCLIENT")
+# The last of them are ours to refuse, however many letters more they have.
+_NEVER_PLAIN = frozenset(_GUARDED_VERBS[3:])
+
+
+def check_octets(line: bytes) -> None:
+    """See that a client's line is one line to every server.
+
+    Raises `Refusal` (500) for a NUL, a bare CR or a bare LF in it.
+    """
+    if _FORBIDDEN_IN_COMMAND.search(line):
+        raise Refusal(BAD_CHARACTER)
+
+
+class Command(NamedTuple):
+    """A command line (without CRLF), its verb in upper case, and the rest."""
+
+    line: bytes
+    verb: bytes
+    argument: bytes
+
+    @classmethod
+    def parse(cls, line: bytes) -> Command:
+        """Parse a line without its CRLF.
+
+        Raises `Refusal` (500) as `check_octets`, for a verb with octets outside of
+        printable ASCII, which some servers fold into ASCII letters, and for one
+        that some servers might take for a verb which it is not.
+        """
+        check_octets(line)
+        match = _VERB.match(line)
+        assert match is not None  # the pattern matches anything
+        verb = match[1].upper()
+        if not _PLAIN_VERB.fullmatch(verb):
+            raise Refusal(BAD_CHARACTER)
+        guarded = _guarded_verb(verb)
+        if guarded not in (b"", verb):
+            if guarded not in _NEVER_PLAIN or guarded.startswith(verb):
+                raise Refusal(UNRECOGNIZED)
+            rest = line[match.start(1) + 4 :].rstrip(_BLANKS)
+            return cls(line, guarded, rest)
+        return cls(line, verb, line[match.end() :].rstrip(_BLANKS))
+
+
+def _guarded_verb(verb: bytes) -> bytes:
+    """The guarded verb that a server might take this one for; empty if none."""
+    for guarded in _GUARDED_VERBS:
+        if verb and (verb.startswith(guarded[:4]) or guarded.startswith(verb)):
+            return guarded
+    return b""
+
+
+# RFC 5321 4.1.2: Path = "<" [ A-d-l ":" ] Mailbox ">", where the local part may
+# be a Quoted-string, which may hold any of "<", ">" and (escaped) its quote.
+_PREFIX = re.compile(rb"(?:FROM|TO)?[ \t\v\f]*:?[ \t\v\f]*", re.IGNORECASE)
+_PATH = re.compile(rb'<((?:"(?:\\.|[^"\\])*"|\\.|[^>"\\])*)>', re.DOTALL)
+_BARE_PATH = re.compile(
+    rb'((?:"(?:\\.|[^"\\])*"|\\.|[^< \t\v\f"\\])+)(?:[ \t\v\f]|$)', re.DOTALL
+)
+
+
+def parse_path(argument: bytes) -> bytes:
+    """The mailbox in the argument of MAIL or RCPT, without its angle brackets.
+
+    A quoted local part is kept whole, a source route too.  The null
+    reverse-path is ``b"<>"``.  A path that follows no grammar, though a server
+    took it, is all that stands behind the colon.
+    """
+    text = _PREFIX.sub(b"", argument, count=1).strip(_BLANKS)
+    match = _PATH.match(text) or _BARE_PATH.match(text)
+    return (match[1] if match else text) or b"<>"
+
+
+def split_parameters(argument: bytes) -> tuple[bytes, list[bytes]]:
+    """The argument of MAIL up to the end of its path, and the parameters behind it."""
+    prefix = _PREFIX.match(argument)
+    assert prefix is not None  # the pattern matches anything
+    start = prefix.end()
+    path = _PATH.match(argument, start) or _BARE_PATH.match(argument, start)
+    end = path.end() if path else len(argument)
+    return argument[:end].rstrip(_BLANKS), argument[end:].split()
+
+
+_SIZE_PARAMETER = re.compile(rb"SIZE=([0-9]{1,20})", re.IGNORECASE)
+
+
+def take_size(argument: bytes) -> tuple[bytes, int]:
+    """The argument of MAIL without its SIZE, and that in octets (RFC 1870); 0: none.
+
+    What does not follow RFC 1870 stays, for the server to judge.
+    """
+    path, parameters = split_parameters(argument)
+    sizes = [match for match in map(_SIZE_PARAMETER.fullmatch, parameters) if match]
+    others = [word for word in parameters if not _SIZE_PARAMETER.fullmatch(word)]
+    return b" ".join((path, *others)), max((int(size[1]) for size in sizes), default=0)
+
+
+# RFC 3461 section 4: xtext = *( xchar / "+" 2HEXDIG ).
+_XTEXT_ESCAPE = re.compile(rb"\+([0-9A-Fa-f]{2})")
+_XTEXT_UNSAFE = re.compile(rb"[^!-*,-<>-~]")
+
+
+def xtext_decode(text: bytes) -> bytes:
+    """Decode xtext; octets that are not xtext stay as they are."""
+    return _XTEXT_ESCAPE.sub(lambda m: bytes([int(m[1], 16)]), text)
+
+
+def xtext_encode(octets: bytes) -> bytes:
+    """Encode any octets as xtext."""
+    return _XTEXT_UNSAFE.sub(lambda m: b"+%02X" % m[0][0], octets)
+
+
+_NO_VALUE = (b"[UNAVAILABLE]", b"[TEMPUNAVAIL]", b"")
+_CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
+
+
+def parse_xforward(argument: bytes) -> dict[bytes, Optional[bytes]]:
+    """The attributes of an XFORWARD command, by their names in upper case.
+
+    None stands for a value that the client says it does not have, or one that
+    decodes to control characters, which no address or host name has.
+    """
+    attributes: dict[bytes, Optional[bytes]] = {}
+    for word in argument.split():
+        name, _, value = word.partition(b"=")
+        decoded = xtext_decode(value)
+        missing = value.upper() in _NO_VALUE or _CONTROL.search(decoded)
+        attributes[name.upper()] = None if missing else decoded
+    return attributes
+
+
+def strip_ipv6_tag(address: bytes) -> bytes:
+    """``IPV6:2001:db8::1`` (RFC 5321 4.1.3) as a plain address."""
+    return address[5:] if address[:5].upper() == b"IPV6:" else address
+
+
+def xclient_address(host: str) -> bytes:
+    """A client's address as XCLIENT and XFORWARD write it."""
+    if not host:
+        return b"[UNAVAILABLE]"
+    plain = host.partition("%")[0]  # a scope means nothing elsewhere
+    tagged = f"IPV6:{plain}" if ":" in plain else plain
+    return xtext_encode(tagged.encode("ascii"))
+
+
+def xclient_command(
+    offered: frozenset[bytes], client: Peer, local: Peer, hello: Optional[Command]
+) -> bytes:
+    """The XCLIENT command line (without CRLF) that tells who the client is.
+
+    `offered` are the attributes that the server listed; ADDR goes without
+    saying.  `hello` is the client's HELO or EHLO, if there was one.  HELO is left
+    out where it would make the line longer than a command may be.
+    """
+    values = {
+        b"NAME": b"[UNAVAILABLE]",
+        b"PORT": b"%d" % client.port if client.port else b"[UNAVAILABLE]",
+        b"DESTADDR": xclient_address(local.host),
+        b"DESTPORT": b"%d" % local.port if local.port else b"[UNAVAILABLE]",
+    }
+    if hello is not None:
+        values[b"PROTO"] = b"ESMTP" if hello.verb == b"EHLO" else b"SMTP"
+        values[b"HELO"] = xtext_encode(hello.argument) or b"[UNAVAILABLE]"
+    line = b"XCLIENT ADDR=" + xclient_address(client.host)
+    for name, value in values.items():
+        attribute = b" " + name + b"=" + value
+        if name in offered and len(line) + len(attribute) + 2 <= XCLIENT_LIMIT:
+            line += attribute
+    return line
+
+
+# ---------------------------------------------------------------------------
+# Replies (RFC 5321 section 4.2)
+# ---------------------------------------------------------------------------
+
+# Reply-line = *( Reply-code "-" [ textstring ] CRLF ) Reply-code [ SP textstring ] CRLF
+_REPLY_LINE = re.compile(rb"([2-5][0-9][0-9])(?:([ -])|$)", re.DOTALL)
+_CODED_LINE = re.compile(rb"([245][0-9][0-9])(?:[ -](.*))?", re.DOTALL)
+# A client might take a bare CR for the end of the line.
+_LINE_BREAKS_TO_MARK = bytes.maketrans(b"\r\n\0", b"???")
+
+
+class Reply(bytes):
+    """A whole reply as it goes over the wire, every line with its CRLF."""
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, *lines: bytes) -> Reply:
+        """From its lines, without their ends."""
+        return cls(b"\r\n".join((*lines, b"")))
+
+    @property
+    def code(self) -> int:
+        return int(self[:3])
+
+    @property
+    def is_success(self) -> bool:
+        return self[:1] == b"2"
+
+    @property
+    def is_refusal(self) -> bool:
+        return self[:1] in (b"4", b"5")
+
+    @property
+    def lines(self) -> list[bytes]:
+        return self.split(b"\r\n")[:-1]
+
+    @property
+    def text(self) -> str:
+        """All of it on one line, for the log."""
+        return " ".join(printable(line) for line in self.lines)
+
+
+class ReplyBuffer:
+    """Cuts the octets that come from the server into replies."""
+
+    def __init__(self) -> None:
+        self._octets = bytearray()
+        self._scanned = 0
+        self._lines: list[bytes] = []
+        self._size = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._octets or self._lines)
+
+    def feed(self, octets: bytes) -> None:
+        self._octets += octets
+
+    def next_reply(self) -> Optional[Reply]:
+        """The next whole reply, or None until more has come.
+
+        A bare CR or NUL in it becomes a question mark.  Raises `BadReply` for
+        what is no reply: no code, codes that differ, or no end in sight.
+        """
+        line = self._next_line()
+        while line is not None:
+            if self._add(line):
+                lines, self._lines, self._size = self._lines, [], 0
+                return Reply.of(*lines)
+            line = self._next_line()
+        if self._size + len(self._octets) > REPLY_LIMIT:
+            raise BadReply("reply without end")
+        return None
+
+    def _next_line(self) -> Optional[bytes]:
+        end = self._octets.find(b"\n", self._scanned)
+        if end < 0:
+            self._scanned = len(self._octets)
+            return None
+        line = bytes(self._octets[:end])
+        del self._octets[: end + 1]
+        self._scanned = 0
+        return line[:-1] if line.endswith(b"\r") else line
+
+    def _add(self, line: bytes) -> bool:
+        """Take a line of a reply; True if it is the last one."""
+        match = _REPLY_LINE.match(line)
+        if match is None or (self._lines and self._lines[0][:3] != match[1]):
+            raise BadReply(f"not a reply: {printable(line[:REPLY_LINE_LIMIT])}")
+        self._size += len(line)
+        if self._size > REPLY_LIMIT:
+            raise BadReply("reply without end")
+        self._lines.append(line.translate(_LINE_BREAKS_TO_MARK))
+        return match[2] != b"-"
+
+
+def rewrite_hello(reply: Reply, *, extended: bool, size: int = 0) -> Reply:
+    """The server's 250 to EHLO (`extended`) or HELO, as the client gets it.
+
+    The first line hides the server's name.  From EHLO's list the service
+    extensions go that cannot pass, and PIPELINING, which we do ourselves, comes
+    (RFC 5321 4.1.1.1, RFC 2920); with it SIZE, where messages are limited to `size`
+    octets, not 0, and the server has no smaller limit (RFC 1870).
+    """
+    texts = [line[4:] for line in reply.lines[1:]]
+    if extended:
+        texts = [text for text in texts if _keyword(text) not in REMOVED_EXTENSIONS]
+        if size:
+            limit = smaller_limit(offered_attributes(reply, b"SIZE"), size)
+            texts = [text for text in texts if _keyword(text) != b"SIZE"]
+            texts.insert(0, b"SIZE %d" % limit)
+        texts.insert(0, b"PIPELINING")
+    texts.insert(0, HELLO)
+    return Reply.of(*(b"250-" + text for text in texts[:-1]), b"250 " + texts[-1])
+
+
+def _keyword(extension: bytes) -> bytes:
+    return re.split(rb"[ \t=]", extension.lstrip(_BLANKS), maxsplit=1)[0].upper()
+
+
+def smaller_limit(offered: Optional[frozenset[bytes]], size: int) -> int:
+    """The smaller of our limit and the one that the server offers, if it does."""
+    numbers = (word for word in offered or () if re.fullmatch(rb"[0-9]{1,20}", word))
+    limits = (int(number) for number in numbers)
+    return min([size, *(limit for limit in limits if limit)])
+
+
+def offered_attributes(reply: Reply, extension: bytes) -> Optional[frozenset[bytes]]:
+    """The parameters of an EHLO list's extension; None if it is not listed."""
+    for line in reply.lines[1:]:
+        words = line[4:].upper().split()
+        if words and words[0] == extension:
+            return frozenset(words[1:])
+    return None
+
+
+def coded_reply(line: bytes) -> Optional[Reply]:
+    """An administrator's or a filter's line as a reply, if it begins with a code.
+
+    2xx, 4xx and 5xx count; ``NNN-text`` becomes ``NNN text``, for a reply of ours
+    is one line.  It is cut to 512 octets (RFC 5321 4.5.3.1.5), and what could end
+    it early becomes a question mark.
+    """
+    match = _CODED_LINE.fullmatch(line)
+    if match is None:
+        return None
+    return _one_line(match[1] if match[2] is None else match[1] + b" " + match[2])
+
+
+def rejection(line: bytes) -> Reply:
+    """The reply for a rejection with these words, or with a code of its own."""
+    coded = coded_reply(line)
+    if coded is not None:
+        return coded
+    return _one_line(CONTENT_REJECTED + b"; " + line if line else CONTENT_REJECTED)
+
+
+def _one_line(text: bytes) -> Reply:
+    return Reply.of(text.translate(_LINE_BREAKS_TO_MARK)[: REPLY_LINE_LIMIT - 2])
+
+
+# ---------------------------------------------------------------------------
+# A client's octets as command lines
+# ---------------------------------------------------------------------------
+
+
+class CommandBuffer:
+    """Cuts the octets that come from the client into command lines.
+
+    Only CRLF ends a line (RFC 5321 2.3.8).  Memory is bounded by the limit of a
+    line and what one `feed` brought.
+    """
+
+    def __init__(self) -> None:
+        self._octets = bytearray()
+        self._scanned = 0
+        self._is_overlong = False  # the line whose rest is thrown away
+
+    def __bool__(self) -> bool:
+        return bool(self._octets)
+
+    def feed(self, octets: bytes) -> None:
+        self._octets += octets
+
+    def take_all(self) -> bytes:
+        """What is there, as mail data."""
+        octets = bytes(self._octets)
+        self._octets.clear()
+        self._scanned = 0
+        return octets
+
+    def next_line(self) -> Optional[bytes]:
+        """The next line without its CRLF, or None until more has come.
+
+        Raises `Refusal` (500) for a line that is too long, and for one that ends
+        in a bare LF behind which nothing has come: a client that ends its lines so
+        would wait for ever.
+        """
+        end = self._octets.find(b"\r\n", self._scanned)
+        if end < 0:
+            self._check_unfinished()
+            return None
+        line = bytes(self._octets[:end])
+        del self._octets[: end + 2]
+        is_overlong = self._is_overlong or end + 2 > COMMAND_LIMIT
+        self._is_overlong, self._scanned = False, 0
+        if is_overlong:
+            raise Refusal(LINE_TOO_LONG)
+        return line
+
+    def _check_unfinished(self) -> None:
+        if len(self._octets) > COMMAND_LIMIT:
+            self._is_overlong = True
+            del self._octets[:-1]  # the last octet may be the CR of the end
+        elif self._octets.endswith(b"\n") and not self._is_overlong:
+            self.take_all()
+            raise Refusal(BARE_LINE_FEED)
+        self._scanned = max(0, len(self._octets) - 1)
+
+
+# ---------------------------------------------------------------------------
+# Mail data (RFC 5321 section 4.5.2)
+# ---------------------------------------------------------------------------
+
+_END = b"\r\n.\r\n"
+
+
+class MailDataReader:
+    """Finds the end of mail data and undoes the dot-stuffing.
+
+    Blocks of any size go in as they come from the wire, however they are cut;
+    the message comes out as its author wrote it.
+    """
+
+    def __init__(self) -> None:
+        # The data begins at the start of a line: as if behind a CRLF, which
+        # is taken off again.
+        self._held = b"\r\n"
+        self._virtual = 2
+        self.ended = False
+        self.rest = b""
+
+    def feed(self, block: bytes) -> bytes:
+        """Take wire octets, return message octets.
+
+        When the end has come, `ended` is true and `rest` holds what came behind
+        it.
+        """
+        octets = self._held + block
+        # What makes a message large is base64, which has no dots.
+        has_dots = b"." in octets and b"\r\n." in octets
+        end = octets.find(_END) if has_dots else -1
+        if end >= 0:
+            self.ended, self.rest = True, octets[end + len(_END) :]
+            octets = octets[: end + 2]
+        else:
+            cut = len(octets) - _held_back(octets)
+            self._held, octets = octets[cut:], octets[:cut]
+        skip, self._virtual = self._virtual, max(0, self._virtual - len(octets))
+        message = octets.replace(b"\r\n.", b"\r\n") if has_dots else octets
+        return message[skip:]
+
+
+def _held_back(octets: bytes) -> int:
+    """How many octets at the end may be the beginning of the end of data."""
+    for length in range(len(_END) - 1, 0, -1):
+        if octets.endswith(_END[:length]):
+            return length
+    return 0
+
+
+class LineRepair:
+    """Makes every line end in CRLF: bare LF becomes CRLF, a stray CR a blank."""
+
+    def __init__(self) -> None:
+        self._held = b""
+        self._at_start = True
+
+    def feed(self, block: bytes) -> bytes:
+        octets = self._held + block
+        self._held = b"\r" if octets.endswith(b"\r") else b""
+        if self._held:
+            octets = octets[:-1]
+        if octets:
+            octets = _repair(octets)
+            self._at_start = octets.endswith(b"\n")
+        return octets
+
+    def finish(self) -> bytes:
+        """What ends the last line, if it has no end yet."""
+        end = b" \r\n" if self._held else b"\r\n"
+        return b"" if self._at_start and not self._held else end
+
+
+def _repair(octets: bytes) -> bytes:
+    # This looks once, in C: a fifth of what it takes to count CRLF, CR and LF.
+    decoder = io.IncrementalNewlineDecoder(None, translate=False)
+    decoder.decode(octets.decode("latin-1"), final=True)
+    if decoder.newlines in (None, "\r\n"):
+        return octets
+    unix = octets.replace(b"\r\n", b"\n").replace(b"\r", b" ")
+    return unix.replace(b"\n", b"\r\n")
+
+
+class HeaderInserter:
+    """Puts a header field into a message whose lines all end in CRLF.
+
+    A ``Received:`` field goes to the top (RFC 5321 4.4), any other to the end of
+    the header section.
+    """
+
+    def __init__(self, field: bytes) -> None:
+        self._field = field
+        self._held = b"\r\n"  # as if behind a line, for a message without header
+        self._virtual = 2
+        self._placed = not field
+        self._on_top = field[:9].lower() == b"received:"
+
+    def feed(self, block: bytes) -> bytes:
+        if self._placed or not block:
+            return block
+        if self._on_top:
+            return self._place(b"", block)
+        octets = self._held + block
+        end = octets.find(b"\r\n\r\n")
+        if end >= 0:
+            return self._place(self._real(octets[: end + 2]), octets[end + 2 :])
+        self._held = octets[-3:]
+        return self._real(octets[:-3])
+
+    def finish(self) -> bytes:
+        """The field, for a message that ended before its place came."""
+        held = b"" if self._on_top else self._real(self._held)
+        return b"" if self._placed else self._place(held, b"")
+
+    def _place(self, before: bytes, behind: bytes) -> bytes:
+        self._placed = True
+        return before + self._field + behind
+
+    def _real(self, octets: bytes) -> bytes:
+        skip, self._virtual = self._virtual, max(0, self._virtual - len(octets))
+        return octets[skip:]
+
+
+_NULS_AND_DOT = re.compile(rb"\n(\0+\.)")
+
+
+class DotStuffer:
+    """Gives every line that begins with a dot another one.
+
+    So it does where NULs stand before the dot, since some servers drop NULs; the
+    others take the dot off again (RFC 5321 4.5.2).  Where there are more NULs
+    than can be held back, a blank before the dot has to do.
+    """
+
+    def __init__(self) -> None:
+        self._at_start = True  # nothing but NULs since the start of the line
+        self._held = b""  # these NULs
+        self._is_late = False  # some of them have gone, so no dot can come first
+
+    def feed(self, block: bytes) -> bytes:
+        octets = self._held + block
+        self._held = b""
+        if self._at_start and not octets.strip(b"\0"):
+            return self._hold(octets)
+        stuffed = self._stuff(octets)
+        kept = stuffed.rstrip(b"\0")
+        self._at_start = kept.endswith(b"\n")
+        self._is_late = False
+        return kept + self._hold(stuffed[len(kept) :]) if self._at_start else stuffed
+
+    def _stuff(self, octets: bytes) -> bytes:
+        stuffed = octets.replace(b"\n.", b"\n..") if b"." in octets else octets
+        if b"\0" in octets and b"\n\0" in stuffed:
+            stuffed = _NULS_AND_DOT.sub(rb"\n.\1", stuffed)
+        nuls = len(octets) - len(octets.lstrip(b"\0"))
+        if self._at_start and octets[nuls : nuls + 1] == b".":
+            if self._is_late:
+                return stuffed[:nuls] + b" " + stuffed[nuls:]
+            return b"." + stuffed
+        return stuffed
+
+    def _hold(self, nuls: bytes) -> bytes:
+        """Hold back NULs at the start of a line; returns those that are too many."""
+        if len(nuls) <= PIPE_BLOCK:
+            self._held = nuls
+            return b""
+        self._is_late = True
+        return nuls
+
+
+class MailDataWriter:
+    """Turns a message of any octets into mail data that has one meaning only.
+
+    Every line ends in CRLF, no CR or LF stands alone, no line but the last is a
+    lone dot: whatever a server takes for the end, it takes only ours.
+    """
+
+    def __init__(self, field: bytes = b"") -> None:
+        self._repair = LineRepair()
+        self._header = HeaderInserter(field)
+        self._stuffer = DotStuffer()
+
+    def feed(self, block: bytes) -> bytes:
+        """Take message octets, return wire octets."""
+        repaired = self._repair.feed(block)
+        return self._stuffer.feed(self._header.feed(repaired))
+
+    def finish(self) -> bytes:
+        """The last octets, and the end of data."""
+        last = self._header.feed(self._repair.finish()) + self._header.finish()
+        return self._stuffer.feed(last) + b".\r\n"
+
+
+# ---------------------------------------------------------------------------
+# The header template
+# ---------------------------------------------------------------------------
+
+_ESCAPE = re.compile(r"\\([rnt\\])")
+_ESCAPES = {"r": "\r", "n": "\n", "t": "\t", "\\": "\\"}
+_SYMBOL = re.compile(rb"%(.)", re.DOTALL)
+HEADER_SYMBOLS = frozenset((b"i", b"l", b"d", b"%"))
+
+
+def unescape(text: str) -> str:
+    """Resolve the escapes of the Header setting; unknown ones stay as they are."""
+    return _ESCAPE.sub(lambda m: _ESCAPES[m[1]], text)
+
+
+def unknown_symbols(template: bytes) -> list[bytes]:
+    """The symbols in a header template that mean nothing."""
+    return [s for s in _SYMBOL.findall(template) if s not in HEADER_SYMBOLS]
+
+
+def expand_header(template: bytes, client: str, local: str, date: str) -> bytes:
+    """The header field for one message, its lines ended by CRLF.
+
+    `client` and `local` are addresses, `date` is a date-time of RFC 5322 3.3.
+    Unknown symbols vanish, as they always did; empty lines vanish since they
+    would end the header section.
+    """
+    values = {b"i": client.encode(), b"l": local.encode(), b"d": date.encode()}
+    values[b"%"] = b"%"
+    field = _SYMBOL.sub(lambda m: values.get(m[1], b""), template)
+    return b"".join(line + b"\r\n" for line in re.split(rb"[\r\n]+", field) if line)
+
+
+def rfc5322_date(seconds: float) -> str:
+    """A time in seconds since the epoch as local date-time (RFC 5322 3.3)."""
+    # The process never calls setlocale, so the names are English.
+    return time.strftime("%a, %d %b %Y %H:%M:%S %z", time.localtime(seconds))
+
+
+# ---------------------------------------------------------------------------
+# The mail transaction
+# ---------------------------------------------------------------------------
+
+
+class Envelope:
+    """What one mail transaction has gathered: all of it accepted by the server."""
+
+    __slots__ = ("_size", "recipients", "remote", "remote_helo", "sender")
+
+    def __init__(self) -> None:
+        self.sender: Optional[bytes] = None
+        self.recipients: list[bytes] = []
+        self.remote: Optional[bytes] = None
+        self.remote_helo: Optional[bytes] = None
+        self._size = 0  # of the recipients, a line each
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether DATA may come (RFC 5321 4.1.1.4)."""
+        return self.sender is not None and bool(self.recipients)
+
+    def begin(self, sender: bytes) -> None:
+        """Remember an accepted MAIL; the server has no recipients now."""
+        self.sender = sender
+        self.recipients = []
+        self._size = 0
+
+    def has_room_for(self, recipient: bytes) -> bool:
+        """Whether RECIPIENTS with one more fits into an environment variable."""
+        return self._size + len(recipient) <= RECIPIENTS_LIMIT
+
+    def add_recipient(self, recipient: bytes) -> None:
+        self.recipients.append(recipient)
+        self._size += len(recipient) + 1
+
+    def add_xforward(self, attributes: Mapping[bytes, Optional[bytes]]) -> None:
+        """Remember ADDR and HELO of an XFORWARD command for the filter."""
+        if b"ADDR" in attributes:
+            address = attributes[b"ADDR"]
+            self.remote = address and strip_ipv6_tag(address)
+        if b"HELO" in attributes:
+            self.remote_helo = attributes[b"HELO"]
+
+    def describe(self, client: str, status: str) -> str:
+        """The log line of a message."""
+        fields = [f"client={client}"]
+        if self.sender is not None:
+            fields.append(f"from={printable(self.sender)}")
+        fields += (f"to={printable(recipient)}" for recipient in self.recipients)
+        return ", ".join((*fields, f"status={status}"))
+
+
+# ---------------------------------------------------------------------------
+# The filter's contract
+# ---------------------------------------------------------------------------
+
+FILTER_VARIABLES = (
+    b"CLIENT",
+    b"SERVER",
+    b"SENDER",
+    b"RECIPIENTS",
+    b"REMOTE",
+    b"REMOTE_HELO",
+    b"TMPDIR",
+    b"EMAIL",
+)
+
+
+class Status(Enum):
+    """What the log says of a message that no reply refused.
+
+    Behind OBSERVED comes what would have been said without FilterMode: observe.
+    """
+
+    FILTERED = "FILTERED"
+    SKIPPED = "SKIPPED"
+    PASSED = "PASSED"
+    REJECTED = "REJECTED"
+    FILTER_ERROR = "FILTER-ERROR"
+    ERROR_PASSED = "FILTER-ERROR, passed"
+    OBSERVED = "OBSERVED"
+
+
+def filter_environment(
+    inherited: Mapping[bytes, bytes], values: Mapping[bytes, Optional[bytes]]
+) -> dict[bytes, bytes]:
+    """The filter's whole environment; a variable without a value is unset."""
+    environment = dict(inherited)
+    for name in FILTER_VARIABLES:
+        environment.pop(name, None)
+    environment.update((name, value) for name, value in values.items() if value)
+    return environment
+
+
+# Words in which the shell sees nothing but words.
+_PLAIN_WORDS = re.compile(r"[A-Za-z0-9_./+:@%,-]+(?:[ \t]+[A-Za-z0-9_./+:@%,=-]+)*")
+# What the shell itself is or does.
+_SHELL_WORDS = frozenset(
+    b". : alias bg bind break builtin caller case cd chdir command compgen complete"
+    b" compopt continue coproc declare dirs disown do done echo elif else enable esac"
+    b" eval exec exit export false fc fg fi for function getopts hash help history if"
+    b" in jobs kill let local logout mapfile newgrp popd printf print pushd pwd read"
+    b" readarray readonly return select set shift shopt source suspend test then time"
+    b" times trap true type typeset ulimit umask unalias unset until wait"
+    b" while".split()
+)
+
+
+def plain_words(command: str) -> Optional[list[str]]:
+    """The words of a command in which nothing is for the shell to do.
+
+    None where there is: syntax, or a word that the shell knows.
+    """
+    words = command.split()
+    if not _PLAIN_WORDS.fullmatch(command.strip(" \t")):
+        return None
+    return None if words[0].encode() in _SHELL_WORDS else words
+
+
+class LastLine:
+    """Keeps the last line of a stream that is not blank, in bounded memory."""
+
+    def __init__(self) -> None:
+        self._whole = b""
+        self._begun = b""
+
+    def feed(self, octets: bytes) -> None:
+        whole, newline, self._begun = (self._begun + octets).rpartition(b"\n")
+        if newline:
+            # A text of blanks alone leaves the line before it standing.
+            line = whole.rstrip().rpartition(b"\n")[2].lstrip()
+            self._whole = line[:LINE_KEPT] or self._whole
+        self._begun = self._begun.lstrip()[:LINE_KEPT]
+
+    @property
+    def text(self) -> bytes:
+        """The line without blanks around it, or empty if there was none."""
+        return self._begun.strip() or self._whole.strip()
+
+
+_UNPRINTABLE_TO_MARK = bytes.maketrans(
+    bytes((*range(32), *range(127, 256))), b"?" * 161
+)
+# What a shell exits with when its last command was killed: 128 and the signal.
+_SHELL_SAW_SIGNAL = range(129, 128 + 65)
+
+
+def judge(exit_status: int, last_line: bytes) -> Optional[Reply]:
+    """The verdict of a filter that ended: the refusing reply, or None to pass.
+
+    `exit_status` is negative for the signal that killed it.  What is not printable
+    ASCII in its last words becomes a question mark.  Raises `FilterFailure` where
+    the end says nothing about the message.
+    """
+    if exit_status == 0:
+        return None
+    said = f": {printable(last_line)}" if last_line else ""
+    if exit_status < 0:
+        raise FilterFailure(f"filter command terminated abnormally{said}")
+    if coded_reply(last_line) is None:
+        if exit_status in (126, 127):
+            raise FilterFailure(f"filter command could not be run{said}")
+        if exit_status in _SHELL_SAW_SIGNAL:
+            raise FilterFailure(f"filter command terminated abnormally{said}")
+    return rejection(last_line.translate(_UNPRINTABLE_TO_MARK))
+
+
+# ---------------------------------------------------------------------------
+# Configuration
+# ---------------------------------------------------------------------------
+
+
+class FilterType(Enum):
+    PIPE = "pipe"
+    FILE = "file"
+    REJECT = "reject"
+
+
+class Transparency(Enum):
+    """How a client's connection shows where it was going to."""
+
+    OFF = "it does not matter"
+    CLIENT = "redirected by NAT, which remembers it"
+    FULL = "diverted to our socket, whose own name it is"
+
+
+class Config:
+    """The settings, as `SETTINGS` made them of the file.
+
+    A setting whose default is nothing has that here, the others in the table.
+    """
+
+    filter_command: str = ""
+    filter_reject: Reply
+    filter_timeout: int
+    filter_type: FilterType
+    observes: bool  # FilterMode
+    passes_failures: bool  # FilterFailure
+    header: bytes = b""
+    keep_alives: int
+    listen: Address
+    max_connections: int
+    max_message_size: int  # 0: any
+    one_processor: bool
+    out_address: Optional[Address] = None
+    pid_file: str = ""
+    proxy_protocol: bool
+    skip_authenticated: bool = False
+    temp_directory: bytes
+    timeout: int
+    transparent_proxy: Transparency
+    user: str = ""
+    xclient: bool
+
+    @property
+    def is_transparent(self) -> bool:
+        return self.transparent_proxy is not Transparency.OFF
+
+    @property
+    def filters(self) -> bool:
+        """Whether messages have to pass a filter command."""
+        return bool(self.filter_command) or self.filter_type is FilterType.REJECT
+
+    @property
+    def keeps_original(self) -> bool:
+        """Whether a message may go on as the client sent it, the filter or no."""
+        return self.observes or self.passes_failures
+
+
+class Setting(NamedTuple):
+    """One row of the configuration: the name in the file, the attribute of
+    `Config`, the default as it would stand in the file (empty: none), the
+    function that makes the value (ValueError: it cannot), and what is said then.
+    """
+
+    name: str
+    attribute: str
+    default: str
+    convert: Callable[[str], Any]
+    complaint: str = "invalid setting: {name}"
+
+
+_WHOLE_NUMBER = re.compile(r"\+?[0-9]+")
+
+
+def _whole_number(minimum: int, maximum: float = math.inf) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        if not _WHOLE_NUMBER.fullmatch(text):
+            raise ValueError(text)
+        if not minimum <= int(text) <= maximum:
+            raise ValueError(text)
+        return int(text)
+
+    return convert
+
+
+def _seconds(minimum: int) -> Callable[[str], int]:
+    convert = _whole_number(minimum)
+    # What poll cannot wait for (in milliseconds, an int of C) is for ever.
+    return lambda text: min(convert(text), FOR_EVER)
+
+
+_SWITCH = {
+    **dict.fromkeys(("0", "no", "false", "f", "off"), False),
+    **dict.fromkeys(("1", "yes", "true", "t", "on"), True),
+}
+
+
+def _switch(text: str) -> bool:
+    if text.lower() not in _SWITCH:
+        raise ValueError(text)
+    return _SWITCH[text.lower()]
+
+
+def _reject_text(text: str) -> Reply:
+    reply = rejection(to_octets(text or EMAIL_REJECTED))
+    if reply.is_success:
+        raise ValueError(text)  # it would promise what does not happen
+    return reply
+
+
+def _one_of(no: str, yes: str) -> Callable[[str], bool]:
+    def convert(text: str) -> bool:
+        return (no, yes).index(text.lower()) == 1
+
+    return convert
+
+
+def _authenticated(text: str) -> bool:
+    if text.lower() != "authenticated":
+        raise ValueError(text)
+    return True
+
+
+def _transparency(text: str) -> Transparency:
+    word = text.lower()
+    if word == "full":
+        transparency = Transparency.FULL
+    elif word == "client" or _switch(word):
+        transparency = Transparency.CLIENT
+    else:
+        return Transparency.OFF
+    if not IS_LINUX:
+        raise ValueError(text)
+    return transparency
+
+
+def _required(text: str) -> str:
+    if not text:
+        raise ValueError(text)
+    return text
+
+
+def _directory(text: str) -> bytes:
+    return os.path.abspath(to_octets(_required(text)))
+
+
+SETTINGS = (
+    Setting("FilterCommand", "filter_command", "", str),
+    Setting(
+        "FilterFailure",
+        "passes_failures",
+        "defer",
+        _one_of("defer", "pass"),
+        "invalid value for {name} (must specify 'defer' or 'pass')",
+    ),
+    Setting(
+        "FilterMode",
+        "observes",
+        "enforce",
+        _one_of("enforce", "observe"),
+        "invalid value for {name} (must specify 'enforce' or 'observe')",
+    ),
+    Setting("FilterReject", "filter_reject", EMAIL_REJECTED, _reject_text),
+    Setting("FilterTimeout", "filter_timeout", "30", _seconds(1)),
+    Setting(
+        "FilterType",
+        "filter_type",
+        "pipe",
+        lambda text: FilterType(text.lower()),
+        "invalid value for {name} (must specify 'pipe' or 'file' or 'reject')",
+    ),
+    Setting("Header", "header", "", lambda text: to_octets(unescape(text))),
+    Setting("KeepAlives", "keep_alives", "0", _seconds(0)),
+    Setting(
+        "Listen",
+        "listen",
+        str(DEFAULT_LISTEN_PORT),
+        lambda text: Address.parse(text, DEFAULT_LISTEN_PORT),
+        "invalid {name} socket name or ip: {text}",
+    ),
+    Setting(
+        "MaxConnections",
+        "max_connections",
+        "64",
+        _whole_number(1, MAX_CONNECTIONS),
+        f"invalid setting: {{name}} (must be between 1 and {MAX_CONNECTIONS})",
+    ),
+    Setting("MaxMessageSize", "max_message_size", "0", _whole_number(0)),
+    Setting("OneProcessor", "one_processor", "on", _switch, "invalid value for {name}"),
+    Setting(
+        "OutAddress",
+        "out_address",
+        "",
+        lambda text: Address.parse(text, DEFAULT_SERVER_PORT),
+        "invalid {name} socket name or ip: {text}",
+    ),
+    Setting("PidFile", "pid_file", "", str),
+    Setting(
+        "ProxyProtocol", "proxy_protocol", "off", _switch, "invalid value for {name}"
+    ),
+    Setting(
+        "Skip",
+        "skip_authenticated",
+        "",
+        _authenticated,
+        "invalid value for {name} (must specify 'authenticated')",
+    ),
+    Setting("TempDirectory", "temp_directory", "/tmp", _directory),
+    Setting("TimeOut", "timeout", "180", _seconds(1)),
+    Setting(
+        "TransparentProxy",
+        "transparent_proxy",
+        "off",
+        _transparency,
+        "invalid value for {name}" + ("" if IS_LINUX else " (only Linux has it)"),
+    ),
+    Setting("User", "user", "", _required),
+    Setting("XClient", "xclient", "off", _switch, "invalid value for {name}"),
+)
+_WHITE = " \t\r\v\f"
+_SETTINGS_BY_NAME = {setting.name.lower(): setting for setting in SETTINGS}
+
+
+def default_config() -> Config:
+    """The settings of an empty file."""
+    config = Config()
+    for setting in SETTINGS:
+        if setting.default:
+            setattr(config, setting.attribute, setting.convert(setting.default))
+    return config
+
+
+def parse_config(octets: bytes, path: str) -> tuple[Config, list[ConfigError]]:
+    """Parse a configuration file's octets; `path` is for the error texts.
+
+    Returns the settings and every fault that was found.
+    """
+    config = default_config()
+    errors = []
+    mentioned = set()
+    lines = (line.strip(_WHITE) for line in to_text(octets).split("\n"))
+    for number, line in enumerate(lines, 1):
+        if line and not line.startswith("#"):
+            try:
+                setting, text = split_line(line)
+                mentioned.add(setting.name)
+                setattr(config, setting.attribute, convert(setting, text))
+            except ValueError as error:
+                errors.append(ConfigError(str(error), path, number))
+    if "OutAddress" not in mentioned and not config.is_transparent:
+        errors.append(ConfigError("no OutAddress specified.", path))
+    if config.proxy_protocol and config.is_transparent:
+        text = "ProxyProtocol cannot be used with TransparentProxy"
+        errors.append(ConfigError(text, path))
+    return config, errors
+
+
+def split_line(line: str) -> tuple[Setting, str]:
+    """The setting that a line names, and the text it has for it.
+
+    Raises ValueError with the complaint if it is no such line.
+    """
+    name, colon, text = (part.strip(_WHITE) for part in line.partition(":"))
+    setting = _SETTINGS_BY_NAME.get(name.lower())
+    if setting is None or not colon or "\0" in text:
+        raise ValueError(f"invalid config line: {name if colon else line}")
+    return setting, text
+
+
+def convert(setting: Setting, text: str) -> Any:
+    """A setting's value; ValueError with the complaint if there is none."""
+    try:
+        return setting.convert(text)
+    except ValueError:
+        complaint = setting.complaint.format(name=setting.name, text=text)
+        raise ValueError(complaint) from None
+
+
+# ---------------------------------------------------------------------------
+# I/O: the log
+# ---------------------------------------------------------------------------
+
+# The levels of -d, and syslog's for each of them.
+ERROR, WARNING, NOTICE, INFO, DEBUG = range(5)
+_PRIORITIES = (
+    syslog.LOG_ERR,
+    syslog.LOG_WARNING,
+    syslog.LOG_NOTICE,
+    syslog.LOG_INFO,
+    syslog.LOG_DEBUG,
+)
+
+
+def to_standard_error(_level: int, text: str) -> None:
+    """Write one log line in one system call, so that threads' lines stay whole."""
+    # Where nobody reads standard error any more, there is nowhere to say so.
+    with contextlib.suppress(OSError):
+        os.write(2, f"{NAME}: {text}\n".encode("ascii", "backslashreplace"))
+
+
+def to_syslog(level: int, text: str) -> None:
+    syslog.syslog(_PRIORITIES[level], text)
+
+
+class Log:
+    """Log lines up to a level, each with a prefix, to one or more places."""
+
+    def __init__(
+        self,
+        level: int,
+        *places: Callable[[int, str], None],
+        prefix: str = "",
+    ) -> None:
+        self.level = level
+        self.places = places
+        self.prefix = prefix
+        self.is_debug = level >= DEBUG
+
+    def with_prefix(self, prefix: str) -> Log:
+        return Log(self.level, *self.places, prefix=prefix)
+
+    def write(self, level: int, text: str) -> None:
+        if level <= self.level:
+            for place in self.places:
+                place(level, self.prefix + text)
+
+    def error(self, text: str) -> None:
+        self.write(ERROR, text)
+
+    def warning(self, text: str) -> None:
+        self.write(WARNING, text)
+
+    def notice(self, text: str) -> None:
+        self.write(NOTICE, text)
+
+    def info(self, text: str) -> None:
+        self.write(INFO, text)
+
+    def debug(self, text: str) -> None:
+        self.write(DEBUG, text)
+
+    def dialogue(self, side: str, mark: str, lines: bytes) -> None:
+        """What was said to (``>``) or by (``<``) a side, at level 4."""
+        if self.is_debug:
+            for line in lines.removesuffix(b"\r\n").split(b"\r\n"):
+                self.debug(f"{side} {mark} {printable(line)}")
+
+
+def reason(error: OSError) -> str:
+    """The system's word for what went wrong, without Python's decoration."""
+    return error.strerror or str(error)
+
+
+# ---------------------------------------------------------------------------
+# I/O: channels
+# ---------------------------------------------------------------------------
+
+_AGAIN = (errno.EAGAIN, errno.EWOULDBLOCK)
+# Linux and FreeBSD tell of a closed peer behind octets that were not read yet.
+_HUNG_UP = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)
+
+
+def set_timeout(sock: socket.socket, option: int, seconds: float) -> None:
+    """Set SO_RCVTIMEO or SO_SNDTIMEO, by which one system call does the work of
+    two: a Python timeout asks poll before each."""
+    whole = int(seconds)
+    microseconds = int((seconds - whole) * 1_000_000)
+    sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", whole, microseconds))
+
+
+class Channel:
+    """A socket to one side: blocking, with time limits, and the log of its lines.
+
+    What breaks the connection raises the `Hangup` of that side.
+    """
+
+    side: str
+    lost: type[Hangup]
+    broken: tuple[bytes, ...] = ()  # what the client hears of a broken connection
+    silent: tuple[bytes, ...] = ()  # and of one that stalls
+
+    def __init__(self, sock: socket.socket, timeout: float, log: Log) -> None:
+        self._socket = sock
+        self._log = log
+        sock.setblocking(True)
+        set_timeout(sock, socket.SO_SNDTIMEO, timeout)
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def receive(self, most: int = SMALL_BLOCK) -> Optional[bytes]:
+        """Some octets, or None if none came within the receive time limit."""
+        try:
+            octets = self._socket.recv(most)
+        except OSError as error:
+            if error.errno in _AGAIN:
+                return None
+            raise self._broken(
+                f"couldn't read data from socket: {reason(error)}"
+            ) from error
+        if not octets:
+            raise self._broken("connection closed by peer")
+        return octets
+
+    def send(self, octets: bytes) -> None:
+        """Send all octets, whatever number of system calls that takes."""
+        try:
+            self._socket.sendall(octets)
+        except OSError as error:
+            if error.errno in _AGAIN:
+                text = f"{self.side}: network write operation timed out"
+                raise self.lost(text, *self.silent) from error
+            raise self._broken(
+                f"couldn't write data to socket: {reason(error)}"
+            ) from error
+
+    def _broken(self, what: str) -> Hangup:
+        return self.lost(f"{self.side}: {what}", *self.broken)
+
+    def _peek(self) -> Optional[bytes]:
+        """The next octet without taking it; None if none is there yet."""
+        try:
+            return self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except OSError as error:
+            return None if error.errno in _AGAIN else b""
+
+    def local_peer(self) -> Peer:
+        """Our own end of the connection."""
+        return Peer.of(self._socket.getsockname())
+
+    def close(self) -> None:
+        self._socket.close()
+        self._log.debug(f"{self.side} connection closed")
+
+
+class ClientChannel(Channel):
+    """The client's side: command lines and mail data in, replies out."""
+
+    side = "CLIENT"
+    lost = ClientLost
+
+    def __init__(self, sock: socket.socket, timeout: float, log: Log) -> None:
+        super().__init__(sock, timeout, log)
+        # A client in full swing is heard by one recv; only for one that takes
+        # its time poll watches the server and the daemon's end as well.
+        set_timeout(sock, socket.SO_RCVTIMEO, LIVELY)
+        self.commands = CommandBuffer()
+        self._replies: list[bytes] = []
+        self._held = 0
+
+    def answer(self, reply: Reply) -> None:
+        """Put a reply out with the next `flush`, or at once if they grow many."""
+        self._log.dialogue(self.side, ">", reply)
+        self._replies.append(reply)
+        self._held += len(reply)
+        if self._held > PIPE_BLOCK:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send the replies that were held back, in one write."""
+        if self._replies:
+            octets = b"".join(self._replies)
+            self._replies.clear()
+            self._held = 0
+            self.send(octets)
+
+    def has_spoken(self) -> bool:
+        """Whether more has come from the client than was taken."""
+        return bool(self.commands) or bool(self._peek())
+
+    def wait(self, seconds: float) -> None:
+        """Wait until the client has spoken or hung up, or the time is over."""
+        poller = select.poll()
+        poller.register(self._socket, select.POLLIN)
+        poller.poll(seconds * 1000)
+
+    def has_hung_up(self) -> bool:
+        """Whether the client has closed its side, or all of the connection."""
+        poller = select.poll()
+        poller.register(self._socket, select.POLLIN | _HUNG_UP)
+        events = poller.poll(0)
+        if not events:
+            return False
+        return bool(events[0][1] & _HUNG_UP) or self._peek() == b""
+
+    def original_destination(self, peer: Peer) -> Peer:
+        """See the function of that name."""
+        return original_destination(self._socket, peer)
+
+    def linger(self) -> None:
+        """Wait until the client has read our last word, or long enough.
+
+        Closing with octets unread would reset the connection, and the client's
+        system would throw that word away.
+        """
+        deadline = time.monotonic() + LINGER
+        left = LINGER_OCTETS
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
+            set_timeout(self._socket, socket.SO_RCVTIMEO, LINGER)
+            while left > 0 and time.monotonic() < deadline:
+                octets = self._socket.recv(SMALL_BLOCK)
+                if not octets:
+                    break
+                left -= len(octets)
+
+
+class ServerChannel(Channel):
+    """The server's side: commands and mail data out, replies in."""
+
+    side = "SERVER"
+    lost = ServerLost
+    broken = (SERVER_LOST,)
+    silent = (SERVER_TIMED_OUT,)
+
+    def __init__(self, sock: socket.socket, timeout: float, log: Log) -> None:
+        super().__init__(sock, timeout, log)
+        set_timeout(sock, socket.SO_RCVTIMEO, timeout)
+        self._replies = ReplyBuffer()
+
+    def ask(self, line: bytes, shown: Optional[bytes] = None) -> Reply:
+        """Send a command line (without CRLF) and wait for its reply.
+
+        `shown` stands in the log in its place.
+        """
+        if self.has_more:
+            self.relay_unasked()
+        self._log.dialogue(self.side, ">", line if shown is None else shown)
+        self.send(line + b"\r\n")
+        reply = self.read_reply()
+        if reply.code == 354 and line != b"DATA":
+            # It would take what comes next for mail data, past the filter.
+            text = "SERVER: asked for mail data, but no DATA was sent"
+            raise ServerLost(text, SERVER_CONFUSED)
+        return reply
+
+    def tell(self, line: bytes) -> None:
+        """Send a command of our own, whose reply only matters if it is 421."""
+        reply = self.ask(line)
+        if reply.code == 421:
+            raise ServerLost(f"SERVER: {reply.text}", *reply.lines)
+
+    def read_reply(self) -> Reply:
+        """Wait for the server's next reply; Hangup if there will be none."""
+        try:
+            reply = self._replies.next_reply()
+            while reply is None:
+                self._replies.feed(self._wait())
+                reply = self._replies.next_reply()
+        except BadReply as error:
+            raise ServerLost(f"SERVER: {error}", SERVER_CONFUSED) from error
+        self._log.dialogue(self.side, "<", reply)
+        return reply
+
+    def _wait(self) -> bytes:
+        octets = self.receive()
+        if octets is None:
+            text = "SERVER: network read operation timed out"
+            raise ServerLost(text, SERVER_TIMED_OUT)
+        return octets
+
+    def relay_unasked(self, *, as_answer: bool = True) -> NoReturn:
+        """Pass on what the server said of itself, and end the session.
+
+        A client that waits for an answer must not take good news for one.
+        """
+        reply = self.read_reply()
+        is_news = reply.is_refusal or (reply.is_success and not as_answer)
+        lines = reply.lines if is_news else [SERVER_CONFUSED]
+        raise ServerLost(f"SERVER: unasked reply: {reply.text}", *lines)
+
+    def send(self, octets: bytes) -> None:
+        try:
+            super().send(octets)
+        except ServerLost:
+            # A server that closes on us may have said why.
+            self._relay_last_word()
+            raise
+
+    def _relay_last_word(self) -> None:
+        with contextlib.suppress(ServerLost):
+            if self._peek():
+                self._replies.feed(self.receive() or b"")
+        if self.has_more:
+            self.relay_unasked()
+
+    @property
+    def has_more(self) -> bool:
+        """Whether more has been received than the replies that were asked for."""
+        return bool(self._replies)
+
+    def has_spoken(self) -> bool:
+        """Whether a reply, or the connection's end, has come unasked."""
+        return self.has_more or self._peek() is not None
+
+
+def resolve(address: Address, host: str) -> list[tuple[int, Any]]:
+    """The families and socket addresses of an address, its host being `host`.
+
+    Raises OSError if the name cannot be resolved.
+    """
+    if address.path:
+        return [(socket.AF_UNIX, to_octets(address.path))]
+    found = socket.getaddrinfo(host, address.port, type=socket.SOCK_STREAM)
+    return [(family, sockaddr) for family, _, _, _, sockaddr in found]
+
+
+def connect(
+    targets: Sequence[tuple[int, Any]], timeout: float, source: str = ""
+) -> tuple[socket.socket, Any]:
+    """Connect to the first target that answers, all within `timeout` seconds.
+
+    `source` is the foreign address to connect from, if it is not to be our own.
+    Each gets an equal share of the time that those before it have left.  Raises
+    the last target's OSError if none answers.
+    """
+    deadline = time.monotonic() + timeout
+    failure: OSError = TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+    for number, (family, sockaddr) in enumerate(targets):
+        left = (deadline - time.monotonic()) / (len(targets) - number)
+        if left <= 0:
+            break
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(left)
+            if source:
+                be_transparent(sock)
+                sock.bind((source, 0))
+            sock.connect(sockaddr)
+        except OSError as error:
+            failure = error
+            sock.close()
+        else:
+            return sock, sockaddr
+    raise failure
+
+
+# ---------------------------------------------------------------------------
+# I/O: the transparent proxy (Linux)
+# ---------------------------------------------------------------------------
+
+# From linux/netfilter_ipv4.h, linux/netfilter_ipv6/ip6_tables.h and linux/in.h;
+# the socket module does not have them in every version.
+_SO_ORIGINAL_DST = 80
+_IP_TRANSPARENT = 19
+
+NEEDS_NET_ADMIN = (
+    "couldn't set transparent mode on socket: start as root, or with"
+    " CAP_NET_ADMIN (systemd: AmbientCapabilities=CAP_NET_ADMIN)"
+)
+
+
+def be_transparent(sock: socket.socket) -> None:
+    """Let a socket have addresses that are not this machine's.
+
+    Raises PermissionError without CAP_NET_ADMIN.
+    """
+    # IPv6 has an option of its own for the same bit of a socket.
+    sock.setsockopt(socket.IPPROTO_IP, _IP_TRANSPARENT, 1)
+
+
+def original_destination(sock: socket.socket, peer: Peer) -> Peer:
+    """Where a connection from `peer` was going to before NAT redirected it.
+
+    Raises OSError if the kernel does not know.
+    """
+    if ":" in peer.host:
+        name = sock.getsockopt(socket.IPPROTO_IPV6, _SO_ORIGINAL_DST, 28)
+        host = socket.inet_ntop(socket.AF_INET6, name[8:24])
+    else:
+        name = sock.getsockopt(socket.IPPROTO_IP, _SO_ORIGINAL_DST, 16)
+        host = socket.inet_ntop(socket.AF_INET, name[4:8])
+    return Peer(host, int.from_bytes(name[2:4], "big"))
+
+
+def is_own_address(host: str) -> bool:
+    """Whether an address is one of this machine's, so that it can be bound."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((host, 0))
+        except OSError as error:
+            # A link-local address lacks its scope here.  No other machine's gets
+            # to us, since they are not routed.
+            return error.errno == errno.EINVAL
+    return True
+
+
+# ---------------------------------------------------------------------------
+# I/O: spools
+# ---------------------------------------------------------------------------
+
+
+def write_all(descriptor: int, octets: Union[bytes, bytearray]) -> None:
+    """Write all octets to a file; OSError when the disk is full."""
+    rest = memoryview(octets)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+
+
+def create_file(directory: bytes) -> tuple[int, bytes]:
+    """Create a new file of mode 600; returns its descriptor and path."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    while True:
+        suffix = os.urandom(6).hex().encode()
+        path = os.path.join(directory, b"proxsmtpd." + suffix)
+        with contextlib.suppress(FileExistsError):
+            return os.open(path, flags, 0o600), path
+
+
+def create_unnamed_file(directory: bytes) -> int:
+    """Create a file that has no name, so that nothing is left of it ever."""
+    unnamed = getattr(os, "O_TMPFILE", 0)
+    if unnamed:
+        # Not every file system can do it.
+        with contextlib.suppress(OSError):
+            return os.open(directory, unnamed | os.O_RDWR, 0o600)
+    descriptor, path = create_file(directory)
+    os.unlink(path)
+    return descriptor
+
+
+AnySpool = TypeVar("AnySpool", bound="Spool")
+
+
+class Spool:
+    """A message's octets: in memory, and beyond `SPOOL_MEMORY` in a file.
+
+    Every method raises OSError when the file cannot be made, written or read.
+    """
+
+    def __init__(self, directory: bytes) -> None:
+        self._directory = directory
+        self._memory = bytearray()
+        self._file = -1
+        self.size = 0
+
+    def write(self, octets: bytes) -> None:
+        if self._file < 0 and self.size + len(octets) > SPOOL_MEMORY:
+            self._file = create_unnamed_file(self._directory)
+            write_all(self._file, self._memory)
+            self._memory = bytearray()
+        if self._file < 0:
+            self._memory += octets
+        else:
+            write_all(self._file, octets)
+        self.size += len(octets)
+
+    def read(self, offset: int, length: int) -> bytes:
+        if self._file < 0:
+            return bytes(memoryview(self._memory)[offset : offset + length])
+        return os.pread(self._file, length, offset)
+
+    def blocks(self) -> Iterator[bytes]:
+        """All octets, in large blocks."""
+        offset = 0
+        block = self.read(offset, BLOCK)
+        while block:
+            yield block
+            offset += len(block)
+            block = self.read(offset, BLOCK)
+
+    def close(self) -> None:
+        self._memory = bytearray()
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+class NamedSpool(Spool):
+    """A message's octets in a file with a name, for a filter to change.
+
+    Raises OSError when the file cannot be made.
+    """
+
+    def __init__(self, directory: bytes) -> None:
+        super().__init__(directory)
+        self._file, self.path = create_file(directory)
+
+    def reopen(self) -> None:
+        """See what the filter has made of the file.
+
+        Raises `FilterFailure` if it is not a regular file any more.
+        """
+        os.close(self._file)
+        # A fifo would make open wait; a link would lead out of the directory.
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+        self._file = -1
+        try:
+            self._file = os.open(self.path, flags)
+        except OSError as error:
+            text = f"couldn't open cache file: {printable(self.path)}: {reason(error)}"
+            raise FilterFailure(text) from error
+        status = os.fstat(self._file)
+        if not stat.S_ISREG(status.st_mode):
+            raise FilterFailure(f"no regular file any more: {printable(self.path)}")
+        self.size = status.st_size
+
+    def close(self) -> None:
+        super().close()
+        try:
+            os.unlink(self.path)
+        except FileNotFoundError:
+            pass  # the filter took it away
+        except (IsADirectoryError, PermissionError):
+            import shutil  # only a filter that leaves a directory needs it
+
+            shutil.rmtree(self.path, ignore_errors=True)
+
+
+# ---------------------------------------------------------------------------
+# Processors
+# ---------------------------------------------------------------------------
+
+
+class Processors:
+    """Keeps our threads on one processor: the one that others use least.
+
+    Only one thread at a time runs Python.  Where the system spreads them, the
+    interpreter's lock is handed from processor to processor at every system call:
+    with 20 sessions that costs twice the work itself (make bench).  The filters
+    may have all processors.  Without `wanted`, or elsewhere than on Linux, this
+    does nothing.
+    """
+
+    def __init__(self, wanted: bool) -> None:
+        self._all = os.sched_getaffinity(0) if IS_LINUX and wanted else set()
+        self._own: Optional[int] = None
+        self._checked = 0.0
+        self._used: dict[int, float] = {}  # seconds by others, until `_checked`
+
+    def choose(self) -> None:
+        """Begin, where there is a choice and the system lets us make it."""
+        if len(self._all) > 1:
+            self._checked = time.monotonic()
+            with contextlib.suppress(OSError):
+                used = processor_seconds()
+                self._move(min(self._all, key=lambda number: used[number]))
+
+    def check(self) -> None:
+        """Move, if it is time to look and another processor is more free."""
+        seconds = time.monotonic() - self._checked
+        if self._own is not None and seconds >= PROCESSOR_CHECK:
+            self._checked += seconds
+            # Where the system is exhausted, this can wait.
+            with contextlib.suppress(OSError, MemoryError):
+                self._move_if_crowded(self._own, seconds)
+
+    def _move_if_crowded(self, own: int, seconds: float) -> None:
+        before, self._used = self._used, self._used_by_others()
+        share = {n: (self._used[n] - before[n]) / seconds for n in self._all}
+        best = min(self._all, key=lambda number: share[number])
+        if share[own] - share[best] > PROCESSOR_SHARE:
+            self._move(best)
+
+    def _used_by_others(self) -> dict[int, float]:
+        """The seconds that each processor has worked, but for us, until now."""
+        used = processor_seconds()
+        if self._own is not None:
+            used[self._own] -= time.process_time()
+        return used
+
+    def _move(self, number: int) -> None:
+        # What we used stays where we used it; only differences count.
+        self._own = number
+        self._used = self._used_by_others()
+        for thread in os.listdir("/proc/self/task"):
+            with contextlib.suppress(OSError):  # it has ended
+                os.sched_setaffinity(int(thread), {number})
+
+    @contextlib.contextmanager
+    def all(self) -> Iterator[None]:
+        """For this thread all processors, as a child that it starts inherits."""
+        if self._own is None:
+            yield
+            return
+        # What the system has taken away meanwhile must not stop a filter.
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, self._all)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(0, {self._own})
+
+
+def processor_seconds() -> dict[int, float]:
+    """How long each processor has worked since the system started (proc(5))."""
+    ticks = os.sysconf("SC_CLK_TCK")
+    used = {}
+    with open("/proc/stat", "rb") as file:
+        for line in file:
+            name, *times = line.split()
+            if name.startswith(b"cpu") and name != b"cpu":
+                user, nice, system, _idle, _iowait, *interrupts = map(int, times[:8])
+                used[int(name[3:])] = (user + nice + system + sum(interrupts)) / ticks
+    return used
+
+
+# ---------------------------------------------------------------------------
+# Filters
+# ---------------------------------------------------------------------------
+
+
+class KeepAlive:
+    """Calls `beat` every `interval` seconds that are waited; 0: never."""
+
+    def __init__(self, interval: float, beat: Callable[[], object]) -> None:
+        self._interval = interval
+        self._beat = beat
+        self._due = time.monotonic() + interval
+
+    def cut(self, seconds: float) -> float:
+        """The time to wait instead of `seconds`, so that no beat is missed."""
+        if not self._interval:
+            return seconds
+        return max(0.0, min(seconds, self._due - time.monotonic()))
+
+    def stop(self) -> None:
+        """Beat no more."""
+        self._interval = 0
+
+    def check(self) -> None:
+        """Beat if it is time."""
+        if self._interval and time.monotonic() >= self._due:
+            self._beat()
+            self._due = time.monotonic() + self._interval
+
+
+class ExitWatch:
+    """Tells when a child process has ended, by a descriptor to poll.
+
+    The descriptor becomes readable, or is hung up; closing it is the caller's.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._exit_status: Optional[int] = None
+        self._waiter: Optional[threading.Thread] = None
+        self.descriptor = -1
+
+    def open(self) -> None:
+        """Get the descriptor; OSError or RuntimeError if there is none left."""
+        try:
+            self.descriptor = os.pidfd_open(self._pid)
+        except (AttributeError, OSError):
+            # Not Linux, or a kernel before 5.3: a thread waits and tells.
+            self.descriptor, told = os.pipe()
+            self._waiter = threading.Thread(target=self._wait_and_tell, args=(told,))
+            self._waiter.start()
+
+    def _wait_and_tell(self, told: int) -> None:
+        self._exit_status = peek_exit_status(self._pid)
+        os.close(told)
+
+    def status(self) -> int:
+        """Wait for the process; its exit status, negative for a signal."""
+        if self._waiter is not None:
+            self._waiter.join()
+        if self._exit_status is None:
+            self._exit_status = peek_exit_status(self._pid)
+        return self._exit_status
+
+    def reap(self) -> None:
+        """Wait for the process, and have the system forget it."""
+        self.status()
+        # Where there was no way to peek, the system has forgotten it already.
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self._pid, 0)
+
+
+def octets_waiting(descriptor: int) -> int:
+    """How many octets a pipe holds."""
+    answer = fcntl.ioctl(descriptor, termios.FIONREAD, struct.pack("@i", 0))
+    return int(struct.unpack("@i", answer)[0])
+
+
+def peek_exit_status(pid: int) -> int:
+    """Wait for a process, but leave it a zombie: its process group stays ours."""
+    if not hasattr(os, "waitid"):
+        return wait_for_exit(pid)
+    ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    assert ended is not None  # without WNOHANG
+    return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+
+
+def wait_for_exit(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+_DEFAULT_SIGNALS = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
+
+
+def _open_null(closing: contextlib.ExitStack) -> int:
+    descriptor = os.open(os.devnull, os.O_RDWR)
+    closing.callback(os.close, descriptor)
+    return descriptor
+
+
+class FilterProcess:
+    """One run of the filter command, in a process group of its own.
+
+    `source` goes to its standard input, and its standard output to `sink`; None
+    stands for /dev/null.  To be used as a context manager: at the end nothing
+    of its process group is left, unless `release` was called.
+    """
+
+    def __init__(
+        self,
+        source: Optional[Spool],
+        sink: Optional[Spool],
+        processors: Processors,
+        log: Log,
+    ) -> None:
+        self._processors = processors
+        self._source = source
+        self._sink = sink
+        self._log = log
+        self._written = 0
+        self._errors = LastLine()
+        self._poller = select.poll()
+        self._handlers: dict[int, Callable[[], bool]] = {}
+        # Standard output's and error's descriptors, and who takes their octets.
+        self._readers: dict[int, Callable[[bytes], None]] = {}
+        self._lock = threading.Lock()  # signals come from the main thread too
+        self._pid = 0  # of the process, until it is reaped
+        self._ended = False
+
+    def __enter__(self) -> FilterProcess:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        if self._pid:
+            self._terminate()
+        self._close()
+
+    def start(self, command: str, environment: Mapping[bytes, bytes]) -> None:
+        """Start the command; `FilterFailure` if the system does not let us."""
+        try:
+            with contextlib.ExitStack() as child_ends, self._processors.all():
+                self._pid = self._spawn(command, environment, child_ends)
+            self._watch = ExitWatch(self._pid)
+            self._watch.open()
+        except (OSError, RuntimeError) as error:
+            text = reason(error) if isinstance(error, OSError) else str(error)
+            raise FilterFailure(f"couldn't start filter command: {text}") from error
+        self._register(self._watch.descriptor, select.POLLIN, self._note_end)
+        self._log.debug(f"executed filter command: {shown(command)} (pid: {self._pid})")
+
+    def _spawn(
+        self,
+        command: str,
+        environment: Mapping[bytes, bytes],
+        child_ends: contextlib.ExitStack,
+    ) -> int:
+        standard = (
+            self._input(child_ends),
+            self._output(child_ends),
+            self._error(child_ends),
+        )
+        actions = [
+            (os.POSIX_SPAWN_DUP2, end, number) for number, end in enumerate(standard)
+        ]
+
+        def spawn(program: str, arguments: Sequence[str]) -> int:
+            return os.posix_spawnp(
+                program,
+                [to_octets(argument) for argument in arguments],
+                environment,
+                file_actions=actions,
+                setpgroup=0,
+                setsigmask=(),
+                setsigdef=_DEFAULT_SIGNALS,
+            )
+
+        words = plain_words(command)
+        if words is not None:
+            # The shell would do nothing but the same.  What cannot be executed
+            # is for it to explain.
+            with contextlib.suppress(OSError):
+                return spawn(words[0], words)
+        return spawn("/bin/sh", ("sh", "-c", command))
+
+    def _input(self, child_ends: contextlib.ExitStack) -> int:
+        source = self._source
+        if source is None:
+            return _open_null(child_ends)
+        read_end, write_end = os.pipe()
+        child_ends.callback(os.close, read_end)
+        os.set_blocking(write_end, False)
+        self._register(write_end, select.POLLOUT, lambda: self._give(write_end, source))
+        if not source.size:
+            self._drop(write_end)
+        return read_end
+
+    def _output(self, child_ends: contextlib.ExitStack) -> int:
+        if self._sink is None:
+            return _open_null(child_ends)
+        return self._output_pipe(child_ends, self._sink.write)
+
+    def _error(self, child_ends: contextlib.ExitStack) -> int:
+        return self._output_pipe(child_ends, self._errors.feed)
+
+    def _output_pipe(
+        self, child_ends: contextlib.ExitStack, taker: Callable[[bytes], None]
+    ) -> int:
+        read_end, write_end = os.pipe()
+        child_ends.callback(os.close, write_end)
+        os.set_blocking(read_end, False)
+        self._readers[read_end] = taker
+        self._register(read_end, select.POLLIN, lambda: self._take(read_end, taker))
+        return write_end
+
+    def _register(
+        self, descriptor: int, event: int, handler: Callable[[], bool]
+    ) -> None:
+        self._poller.register(descriptor, event)
+        self._handlers[descriptor] = handler
+
+    def _close(self) -> None:
+        for descriptor in list(self._handlers):
+            self._drop(descriptor)
+
+    def _drop(self, descriptor: int) -> None:
+        self._poller.unregister(descriptor)
+        del self._handlers[descriptor]
+        os.close(descriptor)
+
+    # The handlers, called when poll says so; each returns whether there was a
+    # sign of life.
+
+    def _give(self, descriptor: int, source: Spool) -> bool:
+        octets = source.read(self._written, PIPE_BLOCK)
+        try:
+            self._written += os.write(descriptor, octets)
+        except BlockingIOError:
+            return False
+        except BrokenPipeError:
+            self._log.debug("filter command closed input early")
+            self._drop(descriptor)
+            return False
+        if self._written == source.size:
+            self._drop(descriptor)
+        return True
+
+    def _take(self, descriptor: int, taker: Callable[[bytes], None]) -> bool:
+        try:
+            octets = os.read(descriptor, PIPE_BLOCK)
+        except BlockingIOError:
+            return False
+        if not octets:
+            self._drop(descriptor)
+            return False
+        taker(octets)
+        return True
+
+    def _note_end(self) -> bool:
+        self._ended = True
+        return True
+
+    def finish(self, timeout: float, keep_alive: KeepAlive) -> tuple[int, bytes]:
+        """Let it run to its end; returns exit status and last line of its errors.
+
+        `timeout` is in seconds from the last sign of life.  Raises
+        `FilterFailure` when that has passed, and OSError when the sink fails.
+        """
+        deadline = time.monotonic() + timeout
+        while not self._ended:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise FilterFailure("timeout while listening to filter command")
+            if self._pump(keep_alive.cut(left)):
+                deadline = time.monotonic() + timeout
+            keep_alive.check()
+        self._drain()
+        status = self._watch.status()
+        self._log.debug(f"filter exit code: {status}")
+        return status, self._errors.text
+
+    def release(self) -> None:
+        """It ended in good order: what it left in the background may go on."""
+        self._reap()
+        self._close()
+
+    def _pump(self, seconds: float) -> bool:
+        """Wait for what comes first and do it; True if anything moved."""
+        moved = False
+        for descriptor, _ in self._poller.poll(seconds * 1000):
+            moved |= self._handlers[descriptor]()
+        return moved
+
+    def _drain(self) -> None:
+        """Take what the process left in its pipes, as much as there is now.
+
+        Not to their end: what it left in the background may hold them open, and
+        write for ever.
+        """
+        for descriptor, taker in self._readers.items():
+            left = octets_waiting(descriptor) if descriptor in self._handlers else 0
+            while left > 0:
+                octets = os.read(descriptor, min(left, PIPE_BLOCK))
+                taker(octets)
+                left -= len(octets) or left
+
+    def _reap(self) -> None:
+        with self._lock:
+            self._watch.reap()
+            self._pid = 0
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal to the process group, as long as it is surely ours."""
+        # A filter may have become another user's process; then so be it.
+        with self._lock, contextlib.suppress(ProcessLookupError, PermissionError):
+            if self._pid:
+                os.killpg(self._pid, number)
+
+    def _terminate(self) -> None:
+        """End the whole group: SIGTERM, and SIGKILL for what is still there."""
+        if not self._ended:
+            self._log.warning(f"killing filter process (pid {self._pid})")
+        self.send_signal(signal.SIGTERM)
+        self.send_signal(signal.SIGCONT)  # a stopped process hears nothing else
+        try:
+            self._await_silence(KILL_GRACE)
+        finally:
+            self.send_signal(signal.SIGKILL)
+            self._reap()
+
+    def _await_silence(self, seconds: float) -> None:
+        """Wait until the process ended and nobody holds its pipes any more."""
+        deadline = time.monotonic() + seconds
+        left = seconds
+        while left > 0 and self._handlers:
+            for descriptor, _ in self._poller.poll(left * 1000):
+                if self._is_over(descriptor):
+                    self._drop(descriptor)
+            left = deadline - time.monotonic()
+
+    def _is_over(self, descriptor: int) -> bool:
+        """Whether nothing more comes from a descriptor that poll named.
+
+        The write end of standard input cannot be read, so it is over at once.
+        """
+        try:
+            return descriptor == self._watch.descriptor or not os.read(
+                descriptor, PIPE_BLOCK
+            )
+        except OSError:
+            return True
+
+
+class RunningFilters:
+    """The filter processes of all sessions, so that the daemon can end them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._processes: set[FilterProcess] = set()
+        self._closed = False
+
+    @contextlib.contextmanager
+    def listed(self, process: FilterProcess) -> Iterator[None]:
+        """List a process as long as it runs; `FilterFailure` if it must not."""
+        with self._lock:
+            if self._closed:
+                raise FilterFailure("the daemon ends")
+            self._processes.add(process)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._processes.discard(process)
+
+    def end_all(self, number: int) -> None:
+        """Send a signal to every filter, and let no other begin."""
+        with self._lock:
+            self._closed = True
+            processes = list(self._processes)
+        for process in processes:
+            process.send_signal(number)
+
+
+# ---------------------------------------------------------------------------
+# What the sessions share
+# ---------------------------------------------------------------------------
+
+
+class Ending:
+    """The daemon's end: a descriptor that becomes readable when it has begun."""
+
+    def __init__(self) -> None:
+        self._read_end, self._write_end = os.pipe()
+        self.has_begun = False
+
+    def fileno(self) -> int:
+        return self._read_end
+
+    def begin(self) -> None:
+        self.has_begun = True
+        os.close(self._write_end)
+
+
+class Statistics:
+    """What was done since the start, for SIGUSR1."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._since = time.time()
+        self._octets = 0
+        self._messages: dict[str, int] = {}
+        self._filter_times: deque[float] = deque(maxlen=TIMES_KEPT)
+        self._server_times: deque[float] = deque(maxlen=TIMES_KEPT)
+        # Of connections; only the main thread counts them.
+        self.accepted = 0
+        self.refused = 0
+        self.peak = 0
+
+    def note_connection(self, now: int) -> None:
+        """One more was accepted, and now there are so many."""
+        self.accepted += 1
+        self.peak = max(self.peak, now)
+
+    def note_message(self, status: str, octets: int) -> None:
+        kind = _STATUS_KIND.match(status)
+        assert kind is not None  # the pattern matches anything
+        with self._lock:
+            self._octets += octets
+            self._messages[kind[0]] = self._messages.get(kind[0], 0) + 1
+
+    def note_times(self, filter_seconds: float, server_seconds: float) -> None:
+        """How long they took with a message; 0 is for one that was not asked."""
+        with self._lock:
+            if filter_seconds:
+                self._filter_times.append(filter_seconds)
+            if server_seconds:
+                self._server_times.append(server_seconds)
+
+    def report(self, connections: int) -> list[str]:
+        """All of it, as lines for the log."""
+        with self._lock:
+            messages = dict(sorted(self._messages.items()))
+            octets = self._octets
+            filter_times = sorted(self._filter_times)
+            server_times = sorted(self._server_times)
+        seconds = time.time() - self._since
+        kinds = "".join(f", {count} {kind}" for kind, count in messages.items())
+        return [
+            f"since {rfc5322_date(self._since)}, {seconds:.0f} seconds",
+            f"connections: {connections} now, {self.peak} at most,"
+            f" {self.accepted} accepted, {self.refused} refused as too many",
+            f"messages: {sum(messages.values())}{kinds}; {octets} octets",
+            f"filter: {describe_times(filter_times)}",
+            f"server: {describe_times(server_times)}",
+            f"threads: {count_entries('/proc/self/task')},"
+            f" descriptors: {count_entries('/dev/fd')}",
+        ]
+
+
+# A reply's text may be a new one every time; its code says enough.
+_STATUS_KIND = re.compile(r"(?:OBSERVED: )?(?:[0-9]{3}|.*)")
+
+
+def describe_times(times: Sequence[float]) -> str:
+    """What is said of sorted times, in seconds."""
+    if not times:
+        return "no times yet"
+    median, high = (times[len(times) * percent // 100] for percent in (50, 95))
+    return (
+        f"last {len(times)} times: median {median:.3f} s, 95% within {high:.3f} s,"
+        f" longest {times[-1]:.3f} s"
+    )
+
+
+def count_entries(directory: str) -> str:
+    """How many entries a directory has, where the system has it."""
+    with contextlib.suppress(OSError):
+        return str(len(os.listdir(directory)))
+    return "unknown"
+
+
+class Shared(NamedTuple):
+    """What all sessions have in common."""
+
+    config: Config
+    log: Log
+    environment: Mapping[bytes, bytes]  # inherited by the filters
+    filters: RunningFilters
+    processors: Processors
+    ending: Ending
+    statistics: Statistics
+
+
+# ---------------------------------------------------------------------------
+# One message and its filter
+# ---------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def room_needed() -> Iterator[None]:
+    """An OSError in here means `NoRoom`."""
+    try:
+        yield
+    except OSError as error:
+        raise NoRoom(f"couldn't write to cache file: {reason(error)}") from error
+
+
+class Verdict(NamedTuple):
+    """What is to become of a message that the filter has seen."""
+
+    refusal: Optional[Reply]  # for the client; None: the message goes on
+    message: Spool  # that goes on
+    status: str  # for the log
+
+
+class Filtering:
+    """One message, and the run of the filter command on it.
+
+    To be used as a context manager: at its end nothing is left of the message.
+    """
+
+    def __init__(self, shared: Shared, log: Log) -> None:
+        self._shared = shared
+        self._config = shared.config
+        self._log = log
+        self._at_end = contextlib.ExitStack()  # closes the spools
+        self._file: Optional[NamedSpool] = None  # with FilterType: file
+        self.original: Spool  # as the client sent it, until the filter runs
+        self.size = 0  # of the message as it came, in octets
+        self.environment: Mapping[bytes, bytes] = {}  # that the filter got
+        self.exit_status: Optional[int] = None  # as `judge` takes it
+        self.has_failed = False
+        self.seconds = 0.0  # that the filter took
+
+    def __enter__(self) -> Filtering:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._at_end.close()
+
+    def receive(self, blocks: Iterator[bytes]) -> None:
+        """Keep the message; raises `NoRoom`."""
+        with room_needed():
+            spools = self._spools()
+            for block in blocks:
+                for spool in spools:
+                    spool.write(block)
+                self.size += len(block)
+        self._log.debug(f"wrote {self.size} bytes to cache")
+
+    def _spools(self) -> list[Spool]:
+        """Where the message goes: to the filter, and to stay what it is."""
+        directory = self._config.temp_directory
+        if self._config.filter_type is FilterType.FILE:
+            self._file = self._kept(NamedSpool(directory))
+            if not self._config.keeps_original:
+                self.original = self._file
+                return [self._file]
+        self.original = self._kept(Spool(directory))
+        return [self.original, *([self._file] if self._file else [])]
+
+    def _kept(self, spool: AnySpool) -> AnySpool:
+        return self._at_end.enter_context(contextlib.closing(spool))
+
+    def judge(
+        self, variables: Mapping[bytes, Optional[bytes]], keep_alive: KeepAlive
+    ) -> Verdict:
+        """Run the filter, with these variables and our own in its environment.
+
+        It is ended, and what became of it is in the log, when this returns.
+        """
+        begun = time.monotonic()
+        with contextlib.ExitStack() as running:
+            try:
+                verdict = self._run(variables, keep_alive, running)
+            except FilterFailure as failure:
+                # Said before the filter is ended, and that said.
+                self._log.error(str(failure))
+                verdict = self._after(failure)
+        self.seconds = time.monotonic() - begun
+        if self._config.observes:
+            status = f"{Status.OBSERVED.value}: {verdict.status}"
+            return Verdict(None, self.original, status)
+        return verdict
+
+    def _after(self, failure: FilterFailure) -> Verdict:
+        self.has_failed = True
+        # Whoever ends it, as systemd does with all of a service at its stop, or
+        # we do, must not bring mail past it.
+        was_ended = self.exit_status in _WAS_ENDED or self._shared.ending.has_begun
+        is_its_own = not was_ended and not isinstance(failure, NoRoom)
+        if self._config.passes_failures and is_its_own:
+            return Verdict(None, self.original, Status.ERROR_PASSED.value)
+        reply = Reply.of(LOCAL_ERROR)
+        return Verdict(reply, self.original, Status.FILTER_ERROR.value)
+
+    def _run(
+        self,
+        variables: Mapping[bytes, Optional[bytes]],
+        keep_alive: KeepAlive,
+        running: contextlib.ExitStack,
+    ) -> Verdict:
+        """Run the filter to its end; `running` ends it otherwise."""
+        with room_needed():
+            if self._file is None:
+                sink = self._kept(Spool(self._config.temp_directory))
+                process = self._start(self.original, sink, variables, running)
+            else:
+                variables = {**variables, b"EMAIL": self._file.path}
+                process = self._start(None, None, variables, running)
+            timeout = self._config.filter_timeout
+            self.exit_status, last_line = process.finish(timeout, keep_alive)
+        refusal = judge(self.exit_status, last_line)
+        if self._file is None:
+            text = f"wrote {self.size} bytes to filter, read {sink.size} bytes"
+            self._log.debug(text)
+        elif refusal is None:
+            self._file.reopen()
+        message = self._file or sink
+        if refusal is None and self.size and not message.size:
+            raise FilterFailure("filter command returned an empty message")
+        process.release()
+        status = refusal.text if refusal is not None else Status.FILTERED.value
+        return Verdict(refusal, message, status)
+
+    def _start(
+        self,
+        source: Optional[Spool],
+        sink: Optional[Spool],
+        variables: Mapping[bytes, Optional[bytes]],
+        running: contextlib.ExitStack,
+    ) -> FilterProcess:
+        shared = self._shared
+        process = FilterProcess(source, sink, shared.processors, self._log)
+        running.enter_context(shared.filters.listed(process))
+        running.enter_context(process)
+        variables = {**variables, b"TMPDIR": self._config.temp_directory}
+        self.environment = filter_environment(shared.environment, variables)
+        process.start(self._config.filter_command, self.environment)
+        return process
+
+
+# SIGTERM, also as a shell tells of it.
+_WAS_ENDED = frozenset((-signal.SIGTERM, 128 + signal.SIGTERM))
+
+
+# ---------------------------------------------------------------------------
+# The session
+# ---------------------------------------------------------------------------
+
+
+class Phase(Enum):
+    """What the next line of the client is."""
+
+    COMMAND = "a command"
+    AUTHENTICATION = "an answer to the server's challenge (RFC 4954)"
+    NONE = "not looked at: the session is over"
+
+
+class Session:
+    """The relay between one client and the server, from greeting to QUIT."""
+
+    def __init__(
+        self, number: int, sock: socket.socket, sockaddr: Any, shared: Shared
+    ) -> None:
+        self.shared = shared
+        self.config = shared.config
+        self.log = shared.log.with_prefix(f"{number:06X}: ")
+        self.client = ClientChannel(sock, self.config.timeout, self.log)
+        self.client_peer = Peer.of(sockaddr)
+        self._local_peer: Optional[Peer] = None  # if a PROXY header names it
+        self._phase = Phase.COMMAND
+        self._envelope = Envelope()
+        self._hello: Optional[Command] = None
+        self._is_introduced = not self.config.xclient
+        self._client_refusal: Optional[Reply] = None  # the server's, to XCLIENT
+        self._is_authenticated = False
+        self._server_has_size = False
+
+    @property
+    def local_peer(self) -> Peer:
+        """The end of the connection that the client connected to."""
+        return self._local_peer or self.client.local_peer()
+
+    def run(self) -> None:
+        """Relay until one side, or the daemon, ends it.
+
+        What nobody expected leaves the client's connection open, for
+        `Server.handle_error` to say so.
+        """
+        try:
+            if self.config.proxy_protocol:
+                self._read_proxy_header()
+            self.log.info(f"accepted connection from: {self.client_peer.host}")
+            self._connect()
+            try:
+                self._converse()
+            finally:
+                self.server.close()
+        except Hangup as hangup:
+            self._hang_up(hangup)
+        except MemoryError:
+            self._hang_up(Hangup("out of memory", NO_RESOURCES))
+        self.client.close()
+
+    def _read_proxy_header(self) -> None:
+        """Learn who the client is from what is before it."""
+        deadline = time.monotonic() + self.config.timeout
+        octets = b""
+        header = None
+        try:
+            while header is None:
+                octets += self._await_first_octets(deadline)
+                header = ProxyHeader.parse(octets)
+        except BadProxyHeader as error:
+            text = f"no PROXY header from {self.client_peer.host}, but: {error}"
+            raise Hangup(text) from error
+        except ClientLost:
+            # Perhaps a scan of ports, which the other lines do not tell from.
+            self.log.info(f"no PROXY header from {self.client_peer.host}: closed")
+            raise
+        self.client.commands.feed(octets[header.length :])
+        if header.client is not None:
+            self.log.debug(f"PROXY header from: {self.client_peer.host}")
+            self.client_peer, self._local_peer = header.client, header.local
+
+    def _await_first_octets(self, deadline: float) -> bytes:
+        """What comes before the server is connected to, until a time."""
+        poller = select.poll()
+        poller.register(self.client.fileno(), select.POLLIN)
+        poller.register(self.shared.ending.fileno(), select.POLLIN)
+        left = max(0.0, deadline - time.monotonic())
+        ready = [descriptor for descriptor, _ in poller.poll(left * 1000)]
+        if not ready:
+            raise Hangup(f"no PROXY header from {self.client_peer.host} in time")
+        if self.shared.ending.fileno() in ready:
+            raise ShuttingDown
+        return self.client.receive() or b""
+
+    def _connect(self) -> None:
+        """Connect to the server that this client is for."""
+        address = self._server_address()
+        is_full = self.config.transparent_proxy is Transparency.FULL
+        source = self.client_peer.host if is_full else ""
+        try:
+            targets = resolve(address, address.host)
+            sock, sockaddr = connect(targets, self.config.timeout, source)
+            self.server = ServerChannel(sock, self.config.timeout, self.log)
+        except OSError as error:
+            where = shown(address.text)
+            text = f"SERVER: couldn't connect to: {where}: {reason(error)}"
+            raise ServerLost(text, NO_SERVER) from error
+        # Not asked of the socket: the server may have reset it by now.
+        self.server_peer = Peer.of(sockaddr)
+        self.log.debug(f"SERVER connected to: {self.server_peer.host}")
+
+    def _server_address(self) -> Address:
+        """The address of OutAddress, or what stands in for it."""
+        if self.config.is_transparent:
+            return self._original_destination()
+        address = self.config.out_address
+        assert address is not None  # parse_config sees to it
+        if not address.is_any:
+            return address
+        if not self.client_peer.host:
+            raise ServerLost("no address to connect back to", NO_SERVER)
+        return address._replace(host=self.client_peer.host)
+
+    def _original_destination(self) -> Address:
+        """Where the client wanted to connect to."""
+        try:
+            host, port = self._destination()
+        except OSError as error:
+            text = "couldn't get source address for transparent proxying"
+            raise ServerLost(f"{text}: {reason(error)}", NO_DESTINATION) from error
+        if port == self.config.listen.port and is_own_address(host):
+            raise ServerLost("loop detected in transparent proxying", NO_DESTINATION)
+        text = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        return Address(text, host, port)
+
+    def _destination(self) -> Peer:
+        if not self.client_peer.host:
+            raise OSError(errno.EAFNOSUPPORT, "a unix socket has no destination")
+        if self.config.transparent_proxy is Transparency.FULL:
+            return self.local_peer
+        return self.client.original_destination(self.client_peer)
+
+    def _converse(self) -> None:
+        self._poller = select.poll()
+        for watched in (self.client, self.server, self.shared.ending):
+            self._poller.register(watched.fileno(), select.POLLIN)
+        self._greet()
+        while self._phase is not Phase.NONE:
+            self._step()
+        self.client.flush()
+        if self.client.has_spoken():
+            self.client.linger()
+
+    def _hang_up(self, hangup: Hangup) -> None:
+        self.log.write(hangup.level, str(hangup))
+        if hangup.reply is not None:
+            with contextlib.suppress(ClientLost):
+                self.client.answer(hangup.reply)
+                self.client.flush()
+                self.client.linger()
+
+    def _greet(self) -> None:
+        greeting = self.server.read_reply()
+        if not greeting.is_success and not greeting.is_refusal:
+            text = f"SERVER: unusable greeting: {greeting.text}"
+            raise ServerLost(text, SERVER_CONFUSED)
+        self.answer(Reply.of(GREETING) if greeting.code == 220 else greeting)
+
+    def answer(self, reply: Reply) -> None:
+        """Give the client its reply; 421 is the end (RFC 5321 3.8)."""
+        self.client.answer(reply)
+        if reply.code == 421:
+            self._phase = Phase.NONE
+
+    # Reading commands
+
+    def _step(self) -> None:
+        """Take one line of the client and answer it."""
+        if self.shared.ending.has_begun:
+            raise ShuttingDown
+        try:
+            reply = self._respond(self._next_line())
+        except Refusal as refusal:
+            self._cancel_authentication()
+            reply = refusal.reply
+        if reply is not None:
+            self.answer(reply)
+
+    def _next_line(self) -> bytes:
+        """The client's next line; replies go out before anything is waited for."""
+        line = self.client.commands.next_line()
+        while line is None:
+            self.client.flush()
+            if self.server.has_more:
+                self.server.relay_unasked(as_answer=False)
+            self.client.commands.feed(self._await_client())
+            line = self.client.commands.next_line()
+        return line
+
+    def _await_client(self) -> bytes:
+        octets = self.client.receive()
+        while octets is None:
+            self._watch_all()
+            octets = self.client.receive()
+        return octets
+
+    def _watch_all(self) -> None:
+        """Wait until the client speaks; Hangup for everything else."""
+        ready = {
+            descriptor
+            for descriptor, _ in self._poller.poll(self.config.timeout * 1000)
+        }
+        if not ready:
+            raise Hangup("CLIENT: network read operation timed out", CLIENT_TIMED_OUT)
+        if self.server.fileno() in ready:
+            self.server.relay_unasked(as_answer=False)
+        if self.shared.ending.fileno() in ready:
+            raise ShuttingDown
+
+    def _respond(self, line: bytes) -> Optional[Reply]:
+        """The reply to a line; None if it has been given already."""
+        if self._phase is Phase.AUTHENTICATION:
+            check_octets(line)
+            return self._authenticate(line, b"[...]")
+        command = Command.parse(line)
+        self.log.dialogue("CLIENT", "<", self._without_secrets(command))
+        handler = self._HANDLERS.get(command.verb, Session._relay)
+        return handler(self, command)
+
+    @staticmethod
+    def _without_secrets(command: Command) -> bytes:
+        """The line as the log may have it: AUTH's argument is a password."""
+        if command.verb != b"AUTH":
+            return command.line
+        words = command.argument.split()
+        return b" ".join([b"AUTH", *words[:1], *(b"[...]" for _ in words[1:])])
+
+    # The handlers of verbs; each returns the reply, or raises Refusal
+
+    def _relay(self, command: Command) -> Reply:
+        return self.server.ask(command.line)
+
+    def _helo(self, command: Command) -> Reply:
+        """HELO and EHLO; behind the first, the server learns who the client is."""
+        extended = command.verb == b"EHLO"
+        self._check_client()
+        reply = self._relay(command)
+        if reply.code == 250:
+            # XCLIENT is not announced to HELO; then it is worth a try.
+            offered = (
+                offered_attributes(reply, b"XCLIENT") if extended else XCLIENT_UNLISTED
+            )
+            if self._introduce(offered, command):
+                # The server has forgotten all, and may offer other things now.
+                reply = self._relay(command)
+        if reply.code != 250:
+            return reply
+        self._hello = command
+        self._envelope = Envelope()
+        self._server_has_size = offered_attributes(reply, b"SIZE") is not None
+        return rewrite_hello(
+            reply, extended=extended, size=self.config.max_message_size
+        )
+
+    def _introduce(
+        self, offered: Optional[frozenset[bytes]], hello: Optional[Command]
+    ) -> bool:
+        """Tell the server the client's address, once; True if it heard it.
+
+        Raises `Refusal` with the server's reply if that is about the client.
+        """
+        if self._is_introduced:
+            return False
+        self._is_introduced = True
+        if offered is None:
+            self.log.warning("server didn't offer XCLIENT")
+            return False
+        reply = self.server.ask(
+            xclient_command(offered, self.client_peer, self.local_peer, hello)
+        )
+        if not reply.is_success and reply.code not in XCLIENT_UNAVAILABLE:
+            self._client_refusal = reply
+            self._check_client()
+        if not reply.is_success:
+            self.log.warning("server didn't accept XCLIENT")
+        return reply.is_success
+
+    def _check_client(self) -> None:
+        """See that a client is refused for good, once the server has done so.
+
+        What the server says to its next command might be something else, and even
+        make a refusal for the time being one for ever.
+        """
+        if self._client_refusal is not None:
+            raise Refusal(*self._client_refusal.lines)
+
+    def _mail(self, command: Command) -> Reply:
+        if self._rejects:
+            raise Refusal(*self.config.filter_reject.lines)
+        if self._hello is None:
+            # Not every server insists on EHLO, and it must know whose mail it is.
+            self._introduce(XCLIENT_UNLISTED, None)
+        self._check_client()
+        reply = self._relay(self._within_size(command))
+        if reply.is_success:
+            self._envelope.begin(parse_path(command.argument))
+        return reply
+
+    def _within_size(self, command: Command) -> Command:
+        """MAIL as the server may have it, where we limit the size of messages."""
+        if not self.config.max_message_size:
+            return command
+        rest, size = take_size(command.argument)
+        if size > self.config.max_message_size:
+            raise Refusal(TOO_LARGE)
+        if self._server_has_size:
+            return command
+        # It was our offer, which the server knows nothing of.
+        return command._replace(line=b"MAIL " + rest)
+
+    def _rcpt(self, command: Command) -> Reply:
+        if self._rejects:
+            raise Refusal(*self.config.filter_reject.lines)
+        recipient = parse_path(command.argument)
+        if not self._envelope.has_room_for(recipient):
+            raise Refusal(TOO_MANY_RECIPIENTS)
+        reply = self._relay(command)
+        if reply.is_success:
+            self._envelope.add_recipient(recipient)
+        return reply
+
+    def _rset(self, command: Command) -> Reply:
+        reply = self._relay(command)
+        if reply.is_success:
+            self._envelope = Envelope()
+        return reply
+
+    def _quit(self, command: Command) -> Reply:
+        self._phase = Phase.NONE
+        return self._relay(command)
+
+    def _xforward(self, command: Command) -> Reply:
+        reply = self._relay(command)
+        if reply.is_success:
+            self._envelope.add_xforward(parse_xforward(command.argument))
+        return reply
+
+    def _xclient(self, _command: Command) -> NoReturn:
+        self.log.warning("client attempted use of privileged XCLIENT feature")
+        raise Refusal(INSUFFICIENT_AUTHORIZATION)
+
+    def _never(self, _command: Command) -> NoReturn:
+        self.log.debug("ESMTP feature not supported")
+        raise Refusal(NOT_IMPLEMENTED)
+
+    def _bdat(self, _command: Command) -> NoReturn:
+        # What follows is mail data, not commands (RFC 3030 section 2).
+        raise Hangup("client sent BDAT, which was not offered", NOT_IMPLEMENTED)
+
+    # AUTH (RFC 4954)
+
+    def _auth(self, command: Command) -> Reply:
+        return self._authenticate(command.line, self._without_secrets(command))
+
+    def _authenticate(self, line: bytes, shown: bytes) -> Reply:
+        """Relay AUTH, or an answer to the challenge that came back."""
+        reply = self.server.ask(line, shown)
+        challenged = reply.code == 334
+        self._phase = Phase.AUTHENTICATION if challenged else Phase.COMMAND
+        if reply.code == 235:
+            self._is_authenticated = True
+            self.log.debug("Client authenticated successfully")
+        return reply
+
+    def _cancel_authentication(self) -> None:
+        """Give up on a challenge whose answer we had to refuse."""
+        if self._phase is Phase.AUTHENTICATION:
+            self._phase = Phase.COMMAND
+            self.server.tell(b"*")
+
+    # DATA
+
+    @property
+    def _skips(self) -> bool:
+        return self.config.skip_authenticated and self._is_authenticated
+
+    @property
+    def _rejects(self) -> bool:
+        return self.config.filter_type is FilterType.REJECT and not self._skips
+
+    def _data(self, command: Command) -> None:
+        if command.argument:
+            self._refuse_data(DATA_ARGUMENT)
+        if self._rejects:
+            self.log_message(self._envelope, Status.REJECTED.value)
+            self._refuse_data(*self.config.filter_reject.lines)
+        if not self._envelope.is_complete:
+            self._refuse_data(NO_TRANSACTION)
+        envelope, self._envelope = self._envelope, Envelope()
+        transfer = Transfer(self, envelope)
+        if not self.config.filters:
+            transfer.stream(Status.PASSED)
+        elif self._skips:
+            transfer.stream(Status.SKIPPED)
+        else:
+            transfer.filter()
+
+    def _refuse_data(self, *lines: bytes) -> NoReturn:
+        self.expect_silence()
+        raise Refusal(*lines)
+
+    def expect_silence(self) -> None:
+        """Where DATA is refused, no mail data may follow; Hangup if it does.
+
+        A client that sends it all the same does not listen, and its data must not
+        be read as commands.
+        """
+        if self.client.has_spoken():
+            raise Hangup("client sent mail data without leave", OUT_OF_STEP)
+
+    def log_message(self, envelope: Envelope, status: str, octets: int = 0) -> None:
+        """The one line that the log has of a message, and its place in the count."""
+        self.log.info(envelope.describe(self.client_peer.host, status))
+        self.shared.statistics.note_message(status, octets)
+
+    _HANDLERS: Mapping[bytes, Callable[[Session, Command], Optional[Reply]]] = {
+        b"HELO": _helo,
+        b"EHLO": _helo,
+        b"MAIL": _mail,
+        b"RCPT": _rcpt,
+        b"DATA": _data,
+        b"RSET": _rset,
+        b"QUIT": _quit,
+        b"AUTH": _auth,
+        b"XFORWARD": _xforward,
+        b"XCLIENT": _xclient,
+        b"BDAT": _bdat,
+        **dict.fromkeys(
+            (b"STARTTLS", b"BURL", b"XEXCH50", b"TURN", b"ATRN", b"LHLO"), _never
+        ),
+    }
+
+
+# ---------------------------------------------------------------------------
+# One message on its way
+# ---------------------------------------------------------------------------
+
+
+class Outcome(NamedTuple):
+    """What became of a message."""
+
+    reply: Reply  # for the client
+    status: str  # for the log
+    is_open: bool  # whether the server still has the mail transaction open
+
+
+class Transfer:
+    """Brings one message from the client to the server, or not.
+
+    `stream` and `filter` answer the client, leave one line in the log, and leave
+    no mail transaction open at the server.  What ends the session leaves its
+    line too, and raises.
+    """
+
+    def __init__(self, session: Session, envelope: Envelope) -> None:
+        self._session = session
+        self._envelope = envelope
+        self._config = session.config
+        self._log = session.log
+        self._client = session.client
+        self._server = session.server
+        self._reader = MailDataReader()
+        self._size = 0  # of the message until now, in octets
+        self._begun = time.monotonic()
+        self._filter_seconds = 0.0
+        self._server_seconds = 0.0  # from the end of data to the word on it
+        self._keep_alive = KeepAlive(
+            self._config.keep_alives, lambda: self._server.tell(b"NOOP")
+        )
+
+    def stream(self, status: Status) -> None:
+        """Past the filter: the server is asked first, then the data flows."""
+        with self._hangup_logged():
+            outcome = self._past_filter(status)
+        self._settle(outcome)
+
+    def filter(self) -> None:
+        """Through the filter: only when it has agreed does the server hear DATA."""
+        self._session.answer(Reply.of(START_INPUT))
+        filtering = Filtering(self._session.shared, self._log)
+        with self._hangup_logged(), filtering:
+            outcome = self._through_filter(filtering)
+        self._settle(outcome)
+
+    def _settle(self, outcome: Outcome) -> None:
+        self._session.log_message(self._envelope, outcome.status, self._size)
+        self._note_times()
+        self._session.answer(outcome.reply)
+        if outcome.is_open and outcome.reply.code != 421:
+            self._client.flush()
+            self._server.tell(b"RSET")
+
+    def _note_times(self) -> None:
+        times = self._filter_seconds, self._server_seconds
+        self._session.shared.statistics.note_times(*times)
+        if self._log.is_debug:
+            whole = time.monotonic() - self._begun
+            text = "took {:.3f} s: filter {:.3f} s, server {:.3f} s"
+            self._log.debug(text.format(whole, *times))
+
+    @contextlib.contextmanager
+    def _hangup_logged(self) -> Iterator[None]:
+        try:
+            yield
+        except Hangup as hangup:
+            if hangup.reply is not None:
+                text = hangup.reply.text
+                self._session.log_message(self._envelope, text, self._size)
+            else:
+                self._log.warning("unexpected end of data from client")
+            raise
+
+    # The client's side
+
+    def _incoming(self) -> Iterator[bytes]:
+        """The message, as `_blocks`; `Refusal` (552) when it gets too large."""
+        limit = self._config.max_message_size or math.inf
+        for block in self._blocks():
+            self._size += len(block)
+            if self._size > limit:
+                raise Refusal(TOO_LARGE)
+            yield block
+
+    def _blocks(self) -> Iterator[bytes]:
+        """The message in large blocks, as the client wrote it, to its end."""
+        self._client.flush()
+        octets = self._client.commands.take_all()
+        while True:
+            block = self._reader.feed(octets)
+            if self._reader.ended:
+                break
+            yield block
+            octets = self._await_octets()
+        # First, since who takes the last block may not come back for more.
+        self._client.commands.feed(self._reader.rest)
+        yield block
+
+    def _await_octets(self) -> bytes:
+        deadline = time.monotonic() + self._config.timeout
+        octets = self._client.receive(BLOCK)
+        while octets is None:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                text = "CLIENT: network read operation timed out"
+                raise Hangup(text, CLIENT_TIMED_OUT)
+            self._client.wait(self._keep_alive.cut(left))
+            self._keep_alive.check()
+            octets = self._client.receive(BLOCK)
+        return octets
+
+    @contextlib.contextmanager
+    def _read_to_the_end(self) -> Iterator[None]:
+        """See that the client's data is read to its end before it is answered."""
+        try:
+            yield
+        except (FilterFailure, Refusal, ServerLost):
+            self._keep_alive.stop()
+            if not self._reader.ended:
+                for _ in self._blocks():
+                    pass
+            raise
+
+    # The server's side
+
+    def _ask_for_data(self) -> Reply:
+        """The server's reply to DATA: 354, or a refusal."""
+        if self._server.has_spoken():
+            # Its replies may have got one out of step with our commands.
+            self._server.relay_unasked()
+        reply = self._server.ask(b"DATA")
+        if reply.code != 354 and not reply.is_refusal:
+            raise self._confused(reply)
+        return reply
+
+    def _confused(self, reply: Reply) -> ServerLost:
+        text = f"SERVER: unusable reply to mail data: {reply.text}"
+        return ServerLost(text, SERVER_CONFUSED)
+
+    def _transmit(self, blocks: Iterator[bytes], field: bytes) -> Reply:
+        """Send mail data and its end; returns the server's word on it."""
+        writer = MailDataWriter(field)
+        pending = b""
+        for block in blocks:
+            if pending:
+                self._server.send(pending)
+            pending = writer.feed(block)
+        self._look_round()
+        self._server.send(pending + writer.finish())
+        self._log.debug("sent email data")
+        sent = time.monotonic()
+        reply = self._server.read_reply()
+        self._server_seconds = time.monotonic() - sent
+        if not reply.is_success and not reply.is_refusal:
+            raise self._confused(reply)
+        return reply
+
+    def _look_round(self) -> None:
+        """The last moment to prevent that a message goes out.
+
+        A client that has gone will never hear that it was accepted, and will send
+        it again.
+        """
+        if self._client.has_hung_up():
+            raise Hangup("client went before its message was accepted", CLIENT_GONE)
+        if self._server.has_spoken():
+            self._server.relay_unasked()
+
+    # Past the filter
+
+    def _past_filter(self, status: Status) -> Outcome:
+        reply = self._ask_for_data()
+        if reply.code != 354:
+            self._session.expect_silence()
+            return Outcome(reply, reply.text, True)
+        self._session.answer(reply)
+        self._keep_alive.stop()  # the server would take NOOP for mail data
+        field = self._header() if status is Status.PASSED else b""
+        try:
+            with self._read_to_the_end():
+                reply = self._transmit(self._incoming(), field)
+        except Refusal as refusal:
+            # The server has a part of it, and must not take that for the whole.
+            raise Hangup("message is too large", *refusal.reply.lines) from refusal
+        return Outcome(reply, status.value if reply.is_success else reply.text, False)
+
+    def _header(self) -> bytes:
+        """The header field for this message; empty if none is wanted."""
+        if not self._config.header:
+            return b""
+        return expand_header(
+            self._config.header,
+            self._session.client_peer.host,
+            self._session.local_peer.host,
+            rfc5322_date(time.time()),
+        )
+
+    # Through the filter
+
+    def _through_filter(self, filtering: Filtering) -> Outcome:
+        try:
+            with self._read_to_the_end():
+                filtering.receive(self._incoming())
+        except Refusal as refusal:
+            return Outcome(refusal.reply, refusal.reply.text, True)
+        except FilterFailure as failure:
+            self._log.error(str(failure))
+            status = Status.FILTER_ERROR.value
+            return Outcome(Reply.of(LOCAL_ERROR), status, True)
+        verdict = filtering.judge(self._variables(), self._keep_alive)
+        self._filter_seconds = filtering.seconds
+        if verdict.refusal is not None:
+            return Outcome(verdict.refusal, verdict.status, True)
+        return self._forward(verdict)
+
+    def _forward(self, verdict: Verdict) -> Outcome:
+        reply = self._ask_for_data()
+        if reply.code != 354:
+            return Outcome(reply, reply.text, True)
+        try:
+            reply = self._transmit(verdict.message.blocks(), self._header())
+        except OSError as error:
+            text = f"error reading cache file: {reason(error)}"
+            raise Hangup(text, LOCAL_ERROR) from error
+        status = verdict.status if reply.is_success else reply.text
+        return Outcome(reply, status, False)
+
+    def _variables(self) -> dict[bytes, Optional[bytes]]:
+        """What the filter is told about the message."""
+        envelope = self._envelope
+        return {
+            b"CLIENT": self._session.client_peer.host.encode(),
+            b"SERVER": self._session.server_peer.host.encode(),
+            b"SENDER": envelope.sender,
+            b"RECIPIENTS": b"\n".join(envelope.recipients),
+            b"REMOTE": envelope.remote,
+            b"REMOTE_HELO": envelope.remote_helo,
+        }
+
+
+# ---------------------------------------------------------------------------
+# The server
+# ---------------------------------------------------------------------------
+
+
+class Slots:
+    """A semaphore of so many connections, which knows who has one.
+
+    A thread that finds no memory to begin with ends without a word.  But then its
+    connection is no more, and its slot is as good as given back.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._lock = threading.Lock()
+        self._taken: set[weakref.ref[socket.socket]] = set()
+
+    def __len__(self) -> int:
+        """How many were taken and have not been given back."""
+        return len(self._taken)
+
+    def take(self, connection: socket.socket) -> bool:
+        """Take a slot; False if there is none left."""
+        with self._lock:
+            if len(self._taken) >= self._most:
+                self._forget_the_dead()
+            if len(self._taken) >= self._most:
+                return False
+            self._taken.add(weakref.ref(connection))
+            return True
+
+    def give_back(self, connection: socket.socket) -> None:
+        with self._lock:
+            self._taken.discard(weakref.ref(connection))
+
+    def are_taken(self) -> bool:
+        """Whether any connection has one."""
+        with self._lock:
+            self._forget_the_dead()
+            return bool(self._taken)
+
+    def _forget_the_dead(self) -> None:
+        self._taken = {taken for taken in self._taken if taken() is not None}
+
+
+class Server(socketserver.ThreadingTCPServer):
+    """Accepts connections and gives each a thread and a `Session`.
+
+    The main thread calls `serve`; sessions that are too many, and those that
+    the system has nothing left for, are told so and closed.
+    """
+
+    allow_reuse_address = True
+    request_queue_size = LISTEN_QUEUE
+    daemon_threads = True
+    block_on_close = False  # `end` waits for the sessions
+
+    def __init__(self, shared: Shared, signals: Signals) -> None:
+        """Bind and listen; `SystemRefused` if that cannot be."""
+        self._shared = shared
+        self._config = shared.config
+        self._log = shared.log
+        self._signals = signals
+        self._slots = Slots(self._config.max_connections)
+        self._numbers = itertools.cycle(range(0x100000, 0x1000000))
+        # Given up when there are no descriptors left, so that one more
+        # connection can be accepted and told so.
+        self._spare: Optional[int] = None
+        self._take_spare()
+        self._is_exhausted = False  # and the log has said so
+        listen = self._config.listen
+        try:
+            host = listen.host or "0.0.0.0"
+            self.address_family, sockaddr = resolve(listen, host)[0]
+            super().__init__(sockaddr, socketserver.BaseRequestHandler)
+        except OSError as error:
+            text = f"couldn't bind to address: {shown(listen.text)}: {reason(error)}"
+            raise SystemRefused(text) from error
+        self._log.debug(f"created socket: {shown(listen.text)}")
+
+    def server_bind(self) -> None:
+        if self.address_family == socket.AF_UNIX:
+            remove_stale_socket(to_octets(self._config.listen.path))
+        elif self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        is_full = self._config.transparent_proxy is Transparency.FULL
+        if is_full and self.address_family != socket.AF_UNIX:
+            self._be_transparent()
+        super().server_bind()
+
+    def _be_transparent(self) -> None:
+        try:
+            be_transparent(self.socket)
+        except PermissionError as error:
+            raise SystemRefused(NEEDS_NET_ADMIN) from error
+
+    def serve(self) -> None:
+        """Accept connections until a signal comes."""
+        poller = select.poll()
+        poller.register(self.fileno(), select.POLLIN)
+        poller.register(self._signals.fileno(), select.POLLIN)
+        self._log.debug("accepting connections")
+        while not self._signals.count:
+            self._shared.processors.check()
+            if self._signals.take_report():
+                for line in self._shared.statistics.report(len(self._slots)):
+                    self._log.notice(f"statistics: {line}")
+            # With nobody there, nothing needs to be looked at again.
+            for ready, _ in poller.poll(
+                PROCESSOR_CHECK * 1000 if self._slots else None
+            ):
+                if ready == self.fileno():
+                    self._accept()
+                else:
+                    self._signals.drain()
+
+    def _accept(self) -> None:
+        """Accept a connection; where the system is exhausted, refuse it or wait."""
+        try:
+            request, sockaddr = self.get_request()
+            self._is_exhausted = False
+            self._take_spare()
+            self.process_request(request, sockaddr)
+        except OSError as error:
+            if error.errno not in _CONNECTION_GONE:
+                self._note_exhaustion(reason(error))
+                if not self._refuse_with_spare():
+                    # Nothing would change by trying again at once.
+                    self._signals.wait(ACCEPT_PAUSE)
+        except MemoryError:
+            self._note_exhaustion("out of memory")
+            self._signals.wait(ACCEPT_PAUSE)
+
+    def _note_exhaustion(self, what: str) -> None:
+        """Say it in the log, but once for all connections that it hits."""
+        if not self._is_exhausted:
+            self._is_exhausted = True
+            self._log.error(f"couldn't accept a connection: {what}")
+
+    def _take_spare(self) -> None:
+        if self._spare is None:
+            with contextlib.suppress(OSError):
+                self._spare = os.open(os.devnull, os.O_RDONLY)
+
+    def _refuse_with_spare(self) -> bool:
+        """Refuse a connection by the spare descriptor; False if that failed."""
+        if self._spare is None:
+            self._take_spare()
+            return False
+        os.close(self._spare)
+        self._spare = None
+        try:
+            request, _ = self.get_request()
+        except OSError:
+            return False
+        self._refuse(request, NO_RESOURCES)
+        self._take_spare()
+        return True
+
+    def _refuse(self, request: socket.socket, text: bytes) -> None:
+        # It never blocks: the socket's buffer is empty.
+        with contextlib.suppress(OSError):
+            request.sendall(Reply.of(text), socket.MSG_DONTWAIT)
+            request.recv(SMALL_BLOCK, socket.MSG_DONTWAIT)
+        self.shutdown_request(request)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start a session in a thread of its own, if there is room for it."""
+        if not self._slots.take(request):
+            most = self._config.max_connections
+            text = f"too many connections open (max {most}). sent busy response"
+            self._log.warning(text)
+            self._refuse(request, BUSY)
+            self._shared.statistics.refused += 1
+            return
+        self._shared.statistics.note_connection(len(self._slots))
+        try:
+            # Not threading.Thread, whose start waits until the thread runs.
+            _thread.start_new_thread(
+                self.process_request_thread, (request, client_address)
+            )
+        except (RuntimeError, MemoryError) as error:
+            self._slots.give_back(request)
+            self._log.error(f"couldn't create thread: {error}")
+            self._refuse(request, NO_THREAD)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._slots.give_back(request)
+            if self._shared.ending.has_begun:
+                self._signals.wake()
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """The thread's work: one session."""
+        number = next(self._numbers)
+        try:
+            session = Session(number, request, client_address, self._shared)
+        except OSError as error:
+            # Some systems say only now that the client has gone already.
+            self._log.debug(f"{number:06X}: client gone: {reason(error)}")
+        else:
+            session.run()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
+        """Called for what a session did not expect: a fault of ours, or of memory."""
+        import traceback  # only a fault needs it
+
+        for line in traceback.format_exc().splitlines():
+            self._log.error(f"session failed: {shown(line)}")
+        self._refuse(request, NO_RESOURCES)
+
+    def end(self) -> None:
+        """Stop listening, and see the sessions and their filters end."""
+        self._log.debug("waiting for threads to quit")
+        self.server_close()
+        if self._config.listen.path:
+            # Where the directory is root's, it stays and is replaced next time.
+            with contextlib.suppress(OSError):
+                os.unlink(to_octets(self._config.listen.path))
+        self._shared.ending.begin()
+        self._await_sessions(DATA_GRACE)
+        self._shared.filters.end_all(signal.SIGTERM)
+        self._await_sessions(FILTER_GRACE)
+        self._shared.filters.end_all(signal.SIGKILL)
+
+    def _await_sessions(self, seconds: float) -> None:
+        """Wait until no session is left, a second signal comes, or time is over."""
+        deadline = time.monotonic() + seconds
+        while self._slots.are_taken() and self._signals.count < 2:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                break
+            self._signals.wait(left)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection; a session has done all that comes before."""
+        self.close_request(request)
+
+
+# accept reports what happened to a connection while it waited (accept(2)).
+_CONNECTION_GONE = frozenset(
+    (errno.ECONNABORTED, errno.EAGAIN, errno.EPROTO, errno.ECONNRESET, errno.EPERM)
+)
+
+
+def remove_stale_socket(path: bytes) -> None:
+    """Remove a unix socket that nobody listens on any more.
+
+    Raises OSError if somebody does, or if it is no socket; then it stays.
+    """
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise FileExistsError(errno.EEXIST, "a file that is no socket is there")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+        else:
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+
+
+# ---------------------------------------------------------------------------
+# The rehearsal
+# ---------------------------------------------------------------------------
+
+# What the filter is told where neither the environment nor the message knows.
+EXAMPLES = {
+    b"CLIENT": b"192.0.2.1",
+    b"SENDER": b"sender@example.com",
+    b"RECIPIENTS": b"recipient@example.net",
+    b"REMOTE": b"198.51.100.1",
+    b"REMOTE_HELO": b"client.example",
+}
+
+
+class Rehearsal:
+    """Messages that go through the filter as in the daemon, but to no server.
+
+    What happens is told on standard output, in printable ASCII.
+    """
+
+    def __init__(self, config: Config, log: Log) -> None:
+        self._config = config
+        self._log = log
+        self._given = inherited_environment()
+        self._shared = Shared(
+            config,
+            log,
+            self._given,
+            RunningFilters(),
+            Processors(wanted=False),
+            Ending(),
+            Statistics(),
+        )
+        self._counts = dict.fromkeys(("passed", "dropped", "refused", "broken"), 0)
+
+    def run(self, names: Sequence[str]) -> int:
+        """Play each message file (``-``: standard input); returns the exit status."""
+        for number in (signal.SIGHUP, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
+        try:
+            for name in names:
+                print(f"== {shown(name)}", flush=True)
+                self._counts[self._play(name)] += 1
+            counts = (f"{number} {what}" for what, number in self._counts.items())
+            print(f"== messages: {len(names)};", ", ".join(counts), flush=True)
+        except KeyboardInterrupt:
+            return 2
+        except OSError as error:
+            if error.errno != errno.EPIPE:  # whoever reads this has seen enough
+                self._log.error(f"couldn't write to standard output: {reason(error)}")
+            # What is still held back must not fail once more.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 2
+        if self._counts["broken"]:
+            return 2
+        return 1 if self._counts["refused"] or self._counts["dropped"] else 0
+
+    def _play(self, name: str) -> str:
+        """What has become of one message."""
+        try:
+            message = as_sent(read_message(name))
+        except OSError as error:
+            self._log.error(f"couldn't read message: {shown(name)}: {reason(error)}")
+            return "broken"
+        with Filtering(self._shared, self._log) as filtering:
+            try:
+                variables = self._variables(message)
+                verdict = self._judge(message, filtering, variables)
+            except FilterFailure as failure:
+                self._log.error(str(failure))
+                return "broken"
+            self._tell_filter(filtering)
+            refusal = verdict.refusal
+            print("reply:", "the server's" if refusal is None else refusal.text)
+            print("status:", verdict.status)
+            if refusal is None:
+                client = printable(variables[b"CLIENT"])
+                sent = self._sent(verdict.message, client)
+                tell_changes(shown(name), message, sent)
+        if filtering.has_failed:
+            return "broken"
+        if refusal is None:
+            return "passed"
+        return "dropped" if refusal.is_success else "refused"
+
+    def _judge(
+        self, message: bytes, filtering: Filtering, variables: Mapping[bytes, bytes]
+    ) -> Verdict:
+        config = self._config
+        filtering.receive(iter([message]))
+        original = filtering.original
+        if config.filter_type is FilterType.REJECT:
+            return Verdict(config.filter_reject, original, Status.REJECTED.value)
+        if config.max_message_size and len(message) > config.max_message_size:
+            reply = Reply.of(TOO_LARGE)
+            return Verdict(reply, original, reply.text)
+        if not config.filter_command:
+            return Verdict(None, original, Status.PASSED.value)
+        return filtering.judge(variables, KeepAlive(0, lambda: None))
+
+    def _variables(self, message: bytes) -> dict[bytes, bytes]:
+        told = {**EXAMPLES, **envelope_of(message), **self._given}
+        address = self._config.out_address
+        server = to_octets(address.host) if address else b""
+        return {b"SERVER": server, **{name: told[name] for name in EXAMPLES}}
+
+    def _tell_filter(self, filtering: Filtering) -> None:
+        if not filtering.environment:
+            return
+        print("environment:")
+        for name in FILTER_VARIABLES:
+            lines = filtering.environment.get(name, b"").split(b"\n")
+            if name in filtering.environment:
+                print(f"  {name.decode()}={printable(lines[0])}")
+                for line in lines[1:]:
+                    print(f"    {printable(line)}")
+        status = filtering.exit_status
+        if status is None:
+            end = "did not end by itself"
+        elif status < 0:
+            end = f"was ended by signal {-status}"
+        else:
+            end = f"exit status {status}"
+        print(f"filter: {end}, {filtering.seconds:.3f} s")
+
+    def _sent(self, message: Spool, client: str) -> bytes:
+        """The message as the server would get it."""
+        date = rfc5322_date(time.time())
+        field = expand_header(self._config.header, client, "127.0.0.1", date)
+        header = HeaderInserter(field)
+        repaired = as_sent(b"".join(message.blocks()))
+        return header.feed(repaired) + header.finish()
+
+
+def read_message(name: str) -> bytes:
+    """The octets of a file, or of standard input; OSError if they cannot be had."""
+    if name == "-":
+        if sys.stdin is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        return sys.stdin.buffer.read()
+    with open(name, "rb") as file:
+        return file.read()
+
+
+def as_sent(message: bytes) -> bytes:
+    """A message from a file as it goes over the wire: each line ends in CRLF."""
+    repair = LineRepair()
+    return repair.feed(message) + repair.finish()
+
+
+def envelope_of(message: bytes) -> dict[bytes, bytes]:
+    """What a message's own header says of its envelope (RFC 5322 3.6)."""
+    import email.parser  # only a rehearsal needs them
+    import email.utils
+
+    header = email.parser.BytesHeaderParser().parsebytes(message)
+
+    def addresses(*names: str) -> list[bytes]:
+        fields = [str(field) for name in names for field in header.get_all(name, [])]
+        found = (to_octets(text) for _, text in email.utils.getaddresses(fields))
+        return [a for a in found if a and not _CONTROL.search(a)]
+
+    envelope = Envelope()
+    for recipient in addresses("To", "Cc"):
+        if envelope.has_room_for(recipient):
+            envelope.add_recipient(recipient)
+    senders = addresses("Return-Path") or addresses("From")
+    if str(header.get("Return-Path", "")).strip() == "<>":
+        senders = [b"<>"]
+    values = {
+        b"SENDER": b"".join(senders[:1]),
+        b"RECIPIENTS": b"\n".join(envelope.recipients),
+    }
+    return {name: value for name, value in values.items() if value}
+
+
+def tell_changes(name: str, before: bytes, after: bytes) -> None:
+    """Print how two messages differ, as a unified diff of printable lines."""
+    import difflib  # only a rehearsal needs it
+
+    old, new = (message.split(b"\r\n")[:-1] for message in (before, after))
+    print("changes:" if old != new else "changes: none")
+    for line in difflib.diff_bytes(
+        difflib.unified_diff,
+        old,
+        new,
+        name.encode(),
+        f"{name} filtered".encode(),
+        lineterm=b"",
+    ):
+        print(printable(line))
+
+
+# ---------------------------------------------------------------------------
+# The process
+# ---------------------------------------------------------------------------
+
+
+class Signals:
+    """Counts the signals that end the daemon, notes the one that asks for a report,
+    and wakes the main thread.
+
+    A signal's handler does no more; the interpreter writes to the descriptor.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._wants_report = False
+        self._read_end, self._write_end = os.pipe()
+        os.set_blocking(self._read_end, False)
+        os.set_blocking(self._write_end, False)
+
+    def install(self) -> None:
+        # A thread that a filter's end interrupts would begin its wait anew.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+        signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, self._count)
+        signal.signal(signal.SIGINT, self._count)
+        signal.signal(signal.SIGUSR1, self._want_report)
+        # A handler, unlike SIG_IGN, does not reach the filters.
+        signal.signal(signal.SIGHUP, lambda _number, _frame: None)
+        signal.signal(signal.SIGPIPE, lambda _number, _frame: None)
+
+    def _count(self, _number: int, _frame: object) -> None:
+        self.count += 1
+
+    def _want_report(self, _number: int, _frame: object) -> None:
+        self._wants_report = True
+
+    def take_report(self) -> bool:
+        """Whether a report was asked for since this was asked last."""
+        wanted, self._wants_report = self._wants_report, False
+        return wanted
+
+    def fileno(self) -> int:
+        return self._read_end
+
+    def wake(self) -> None:
+        """Wake the main thread from another one."""
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._write_end, b"\0")
+
+    def wait(self, seconds: float) -> None:
+        """Wait for a signal, or `wake`."""
+        poller = select.poll()
+        poller.register(self._read_end, select.POLLIN)
+        if poller.poll(seconds * 1000):
+            self.drain()
+
+    def drain(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._read_end, 4096)
+
+
+class PidFile:
+    """The file with the daemon's process id, made before privileges are dropped."""
+
+    def __init__(self, path: str) -> None:
+        """Write the file; OSError if that cannot be."""
+        self._path = os.path.abspath(to_octets(path))
+        self._text = b"%d\n" % os.getpid()
+        try:
+            self._descriptor = self._replace()
+        except PermissionError:
+            # The directory is not ours, but the file may be.
+            flags = os.O_RDWR | os.O_TRUNC | os.O_NOFOLLOW
+            self._descriptor = os.open(self._path, flags)
+            write_all(self._descriptor, self._text)
+
+    def _replace(self) -> int:
+        """Write beside and rename, so that nobody reads half of it, and a link
+        that somebody planted leads nowhere."""
+        beside = b"%s.%d" % (self._path, os.getpid())
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(beside)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        descriptor = os.open(beside, flags, 0o644)
+        try:
+            os.fchmod(descriptor, 0o644)  # whatever the umask is
+            write_all(descriptor, self._text)
+            os.rename(beside, self._path)
+        except OSError:
+            os.close(descriptor)
+            os.unlink(beside)
+            raise
+        return descriptor
+
+    def remove(self) -> None:
+        """Remove the file, if it is still ours; empty it where we may not."""
+        with contextlib.suppress(OSError):
+            if self._is_ours():
+                try:
+                    os.unlink(self._path)
+                except OSError:
+                    # Privileges are dropped, but the descriptor is from before.
+                    os.ftruncate(self._descriptor, 0)
+
+    def _is_ours(self) -> bool:
+        """Whether what is at the path is what we wrote there."""
+        is_same = os.path.samestat(os.lstat(self._path), os.fstat(self._descriptor))
+        return is_same and os.pread(self._descriptor, 32, 0) == self._text
+
+
+def drop_privileges(config: Config, log: Log) -> None:
+    """Become the setting's user for good; `SystemRefused` if that cannot be."""
+    user = config.user
+    entry = find_user(user)
+    if entry is None:
+        raise SystemRefused(f"couldn't look up user: {shown(user)}")
+    if os.geteuid() != 0:
+        if os.geteuid() == entry.pw_uid:
+            return
+        text = f"must be started as root to switch to user: {shown(user)}"
+        raise SystemRefused(text)
+    try:
+        if config.listen.path:
+            # It has been made as root; the original made it as the user.
+            path = to_octets(config.listen.path)
+            os.chown(path, entry.pw_uid, entry.pw_gid, follow_symlinks=False)
+        os.initgroups(entry.pw_name, entry.pw_gid)
+        os.setgid(entry.pw_gid)
+        if config.transparent_proxy is Transparency.FULL:
+            keep_net_admin(lambda: os.setuid(entry.pw_uid))
+        else:
+            os.setuid(entry.pw_uid)
+    except OSError as error:
+        what = f"{shown(user)} (uid {entry.pw_uid}, gid {entry.pw_gid})"
+        text = f"unable to switch to user: {what}: {reason(error)}"
+        raise SystemRefused(text) from error
+    if entry.pw_uid != 0 and _can_be_root():
+        raise SystemRefused("unable to completely drop privileges")
+    log.debug(
+        f"switched to user {shown(user)} (uid {entry.pw_uid}, gid {entry.pw_gid})"
+    )
+
+
+# From linux/prctl.h and linux/capability.h.
+_PR_SET_KEEPCAPS = 8
+_PR_CAP_AMBIENT = 47
+_PR_CAP_AMBIENT_CLEAR_ALL = 4
+_CAPABILITY_VERSION_3 = 0x20080522
+_CAP_NET_ADMIN = 12
+
+
+def keep_net_admin(change_user: Callable[[], None]) -> None:
+    """Change the user, and keep CAP_NET_ADMIN of all that root may do.
+
+    The filters do not get it: it is not inheritable.  Raises OSError if the user
+    cannot be changed, and `SystemRefused` if there is no such capability to keep.
+    """
+    _call_libc("prctl", _PR_SET_KEEPCAPS, 1, 0, 0, 0)
+    change_user()
+    bits = 1 << _CAP_NET_ADMIN
+    header = struct.pack("@Ii", _CAPABILITY_VERSION_3, 0)
+    # Effective, permitted, inheritable: the low words, then the high ones.
+    try:
+        _call_libc("capset", header, struct.pack("@6I", bits, bits, 0, 0, 0, 0))
+    except PermissionError as error:
+        # CAP_NET_RAW, which a container's root may have alone, does to listen.
+        raise SystemRefused(NEEDS_NET_ADMIN) from error
+
+
+_AMBIENT = re.compile(rb"^CapAmb:\s*0*[1-9a-f]", re.MULTILINE)
+
+
+def withhold_capabilities() -> None:
+    """See that no filter inherits what systemd's AmbientCapabilities gave us."""
+    try:
+        with open("/proc/self/status", "rb") as file:
+            status = file.read()
+    except OSError:
+        return  # not Linux
+    if _AMBIENT.search(status):
+        _call_libc("prctl", _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+
+
+def _call_libc(name: str, *arguments: Union[int, bytes]) -> None:
+    import ctypes  # only capabilities need it
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    words = [ctypes.c_ulong(a) if isinstance(a, int) else a for a in arguments]
+    if getattr(libc, name)(*words) < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def _can_be_root() -> bool:
+    try:
+        os.setuid(0)
+    except OSError:
+        return False
+    return True
+
+
+def find_user(user: str) -> Optional[pwd.struct_passwd]:
+    """The password entry of a name, or else of a number; None if there is none."""
+    with contextlib.suppress(KeyError):
+        return pwd.getpwnam(user)
+    with contextlib.suppress(KeyError, ValueError, OverflowError):
+        return pwd.getpwuid(int(user))
+    return None
+
+
+def warnings_of(config: Config) -> list[str]:
+    """What is probably wrong with the settings, on this machine and now."""
+    found = [
+        f"invalid header symbol: %{printable(symbol)}"
+        for symbol in unknown_symbols(config.header)
+    ]
+    found += _directory_warnings(config.temp_directory)
+    program = _missing_program(config.filter_command)
+    if program:
+        found.append(f"FilterCommand's program not found: {shown(program)}")
+    return found
+
+
+def _directory_warnings(directory: bytes) -> list[str]:
+    name = f"TempDirectory {printable(directory)}"
+    if not os.path.isdir(directory):
+        return [f"{name} is not a directory"]
+    mode = os.stat(directory).st_mode
+    found = []
+    if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+        found.append(f"{name} is writable by all and has no sticky bit")
+    if not os.access(directory, os.W_OK | os.X_OK):
+        found.append(f"{name} is not writable")
+    return found
+
+
+def _missing_program(command: str) -> str:
+    """The program that a filter command names but that is not there, or ""."""
+    import shutil  # only a check, or a start, needs it
+
+    program, *_ = plain_words(command) or [""]
+    return program if program and not shutil.which(program) else ""
+
+
+def server_warnings(config: Config) -> list[str]:
+    """What OutAddress does not do now, as far as one can know it beforehand."""
+    address = config.out_address
+    if address is None or address.is_any or config.is_transparent:
+        return []
+    name = f"OutAddress {shown(address.text)}"
+    try:
+        targets = resolve(address, address.host)
+        sock, _ = connect(targets, CHECK_SECONDS)
+        server = ServerChannel(sock, CHECK_SECONDS, Log(ERROR))
+        with contextlib.closing(server):
+            greeting = server.read_reply()
+            if not greeting.is_success:
+                return [f"{name} does not take mail from here: {greeting.text}"]
+            hello = server.ask(b"EHLO " + HELLO)
+            server.send(b"QUIT\r\n")
+    except OSError as error:
+        return [f"{name} cannot be connected to: {reason(error)}"]
+    except ServerLost as error:
+        return [f"{name} does not talk SMTP: {error}"]
+    wanted = {b"XCLIENT": config.xclient, b"XFORWARD": bool(config.filter_command)}
+    return [
+        f"{name} does not offer {extension.decode()}"
+        for extension, is_wanted in wanted.items()
+        if is_wanted and offered_attributes(hello, extension) is None
+    ]
+
+
+class Options(NamedTuple):
+    """The command line."""
+
+    debug_level: Optional[int] = None  # None: be a daemon
+    config_file: str = CONFIG_FILE
+    pid_file: str = ""
+    check: bool = False
+    messages: Sequence[str] = ()  # to rehearse
+    version: bool = False
+
+
+def parse_options(arguments: Sequence[str]) -> Options:
+    """Parse the command line without its first word; raises `UsageError`."""
+    try:
+        pairs, rest = getopt.getopt(list(arguments), "d:f:p:tv")
+    except getopt.GetoptError as error:
+        raise UsageError(error.msg, USAGE) from error
+    options = Options(messages=rest)
+    for flag, value in pairs:
+        options = options._replace(**_option(flag, value))
+    if rest and not options.check:
+        raise UsageError(USAGE)
+    return options
+
+
+def _option(flag: str, value: str) -> dict[str, Any]:
+    if flag == "-d":
+        if value not in ("0", "1", "2", "3", "4"):
+            raise UsageError("invalid debug log level (must be between 0 and 4)")
+        return {"debug_level": int(value)}
+    if flag in ("-f", "-p"):
+        return {"config_file" if flag == "-f" else "pid_file": value}
+    return {"check" if flag == "-t" else "version": True}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the program; returns its exit status (proxsmtpd(8), EXIT STATUS)."""
+    try:
+        options = parse_options(arguments)
+    except UsageError as error:
+        for text in error.args:
+            print(text if text == USAGE else f"{NAME}: {text}", file=sys.stderr)
+        return 2
+    if options.version:
+        print(f"{NAME} (version {VERSION})\n          (config: {CONFIG_FILE})")
+        return 0
+    log = make_log(options)
+    try:
+        config = load_config(options.config_file, log)
+        if config is None:
+            return 2
+        if options.messages:
+            tidy_descriptors()
+            return Rehearsal(config, log).run(options.messages)
+        return check(config, log) if options.check else run(config, options, log)
+    except SystemRefused as error:
+        log.error(str(error))
+        return 1
+
+
+def make_log(options: Options) -> Log:
+    """The log for the start; a daemon leaves standard error later."""
+    if options.debug_level is not None:
+        return Log(options.debug_level, to_standard_error)
+    if options.check:
+        return Log(WARNING, to_standard_error)
+    syslog.openlog(NAME, 0, syslog.LOG_MAIL)
+    return Log(INFO, to_standard_error, to_syslog)
+
+
+def load_config(path: str, log: Log) -> Optional[Config]:
+    """Read the configuration; None, and the log says why, if it is wrong.
+
+    Raises `SystemRefused` if there is a file that cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            octets = file.read()
+        log.debug(f"read config file: {shown(path)}")
+    except FileNotFoundError:
+        log.warning(f"configuration file not found: {shown(path)}")
+        octets = b""
+    except OSError as error:
+        text = f"couldn't read config file: {shown(path)}: {reason(error)}"
+        raise SystemRefused(text) from error
+    config, errors = parse_config(octets, path)
+    for fault in errors:
+        log.error(str(fault))
+    return None if errors else config
+
+
+def check(config: Config, log: Log) -> int:
+    """What -t does with settings that are right in themselves."""
+    found = warnings_of(config)
+    if config.user and find_user(config.user) is None:
+        found.append(f"couldn't look up user: {shown(config.user)}")
+    found += server_warnings(config)
+    for text in found:
+        log.warning(text)
+    print("configuration is OK")
+    return 0
+
+
+def run(config: Config, options: Options, log: Log) -> int:
+    """Be the daemon, from binding to its end."""
+    log.debug(f"starting up ({VERSION})...")
+    name_process()
+    tidy_descriptors()
+    raise_descriptor_limit(config)
+    for text in warnings_of(config):
+        log.warning(text)
+    if not config.filters:
+        log.warning("no filter command specified. passing message through")
+    if config.is_transparent and config.out_address is not None:
+        text = "the OutAddress option will be ignored when TransparentProxy is enabled"
+        log.warning(text)
+    if config.pid_file and options.pid_file:
+        log.warning("ignoring pid file specified on the command line.")
+    signals = Signals()
+    environment = inherited_environment()
+    notify_path = environment.pop(b"NOTIFY_SOCKET", b"")
+    # A daemon tells its parent, whose exit everybody understands.
+    manager = ServiceManager(notify_path if options.debug_level is not None else b"")
+    processors = Processors(config.one_processor)
+    filters = RunningFilters()
+    shared = Shared(
+        config, log, environment, filters, processors, Ending(), Statistics()
+    )
+    server = Server(shared, signals)
+    ready = detach() if options.debug_level is None else None
+    environment[b"PWD"] = os.getcwdb()  # as the shell sees to it
+    signals.install()
+    with contextlib.ExitStack() as at_end:
+        write_pid_file(config.pid_file or options.pid_file, at_end)
+        become_user(config, log)
+        if ready is not None:
+            log.places = (to_syslog,)
+            log.info("running as a daemon")
+            announce(ready)
+        threading.stack_size(STACK_SIZE)
+        processors.choose()
+        manager.tell(b"READY=1")
+        server.serve()
+        manager.tell(b"STOPPING=1")
+        server.end()
+    log.debug("stopped processing")
+    return 0
+
+
+def inherited_environment() -> dict[bytes, bytes]:
+    """The environment that this process was started with.
+
+    Where no locale was set, Python sets one in its own (PEP 538), and the filters
+    would read their 8-bit mail by it.
+    """
+    try:
+        with open("/proc/self/environ", "rb") as file:
+            entries = file.read().split(b"\0")
+    except OSError:
+        return dict(os.environb)
+    pairs = (entry.partition(b"=") for entry in entries if b"=" in entry)
+    return {name: value for name, _, value in pairs}
+
+
+def tidy_descriptors() -> None:
+    """See that 0, 1 and 2 are open, and that no filter gets any other."""
+    # With one of the standard descriptors closed, a pipe would take its place.
+    spare = os.open(os.devnull, os.O_RDWR)
+    while spare <= 2:
+        spare = os.open(os.devnull, os.O_RDWR)
+    os.close(spare)
+    with contextlib.suppress(FileNotFoundError):
+        for name in os.listdir("/dev/fd"):
+            if int(name) > 2:
+                # The one that listed them is gone by now.
+                with contextlib.suppress(OSError):
+                    os.set_inheritable(int(name), False)
+
+
+def raise_descriptor_limit(config: Config) -> None:
+    """See that there are enough descriptors for all connections."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = DESCRIPTORS_APART + config.max_connections * DESCRIPTORS_EACH
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        most = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def detach() -> int:
+    """Go on in a child with a session of its own and / as its directory.
+
+    Returns, in the child, the descriptor for `announce`.  The parent waits for
+    that, and exits with 0, or with the child's exit status if it comes to its
+    end before.
+    """
+    heard, told = os.pipe()
+    pid = os.fork()
+    if pid:
+        os.close(told)
+        ready = os.read(heard, 1)
+        # The parent's exit is the init script's answer; it cleans up nothing.
+        os._exit(0 if ready else wait_for_exit(pid) & 0xFF)
+    os.close(heard)
+    os.setsid()
+    os.chdir("/")
+    return told
+
+
+def announce(ready: int) -> None:
+    """Leave the terminal, and let the parent exit with 0."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in range(3):
+        os.dup2(null, descriptor)
+    os.close(null)
+    os.write(ready, b"\0")
+    os.close(ready)
+
+
+def write_pid_file(path: str, at_end: contextlib.ExitStack) -> None:
+    """Write the pid file, if there is to be one, and have it removed at the end."""
+    if not path:
+        return
+    try:
+        at_end.callback(PidFile(path).remove)
+    except OSError as error:
+        text = f"couldn't open pid file: {shown(path)}: {reason(error)}"
+        raise SystemRefused(text) from error
+
+
+def become_user(config: Config, log: Log) -> None:
+    """Drop privileges, if there are any and if that is wanted."""
+    withhold_capabilities()
+    if config.user:
+        drop_privileges(config, log)
+    elif os.geteuid() == 0:
+        log.warning("running as root is NOT recommended")
+
+
+class ServiceManager:
+    """systemd, or who else started us and wants to hear how we are (sd_notify(3))."""
+
+    def __init__(self, path: bytes) -> None:
+        """Take what NOTIFY_SOCKET says; empty: nobody wants to hear."""
+        self._path = b"\0" + path[1:] if path.startswith(b"@") else path
+
+    def tell(self, state: bytes) -> None:
+        """Send a state; one that nobody takes is nobody's loss."""
+        if self._path:
+            with contextlib.suppress(OSError), socket.socket(
+                socket.AF_UNIX, socket.SOCK_DGRAM
+            ) as sock:
+                sock.settimeout(NOTIFY_SECONDS)
+                sock.sendto(state, self._path)
+
+
+def name_process() -> None:
+    """Be called proxsmtpd, also when started as an argument of python3."""
+    with contextlib.suppress(OSError), open("/proc/self/comm", "w") as file:
+        file.write(NAME)
+
+
+def leave(status: int) -> NoReturn:
+    """End the process.
+
+    Threads that still run must not see the interpreter taken down round them.
+    """
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    leave(main(sys.argv[1:]))
