@@ -1,0 +1,622 @@
+"""The client's octets: command lines, verbs, paths, XFORWARD and XCLIENT.
+
+Every stream of octets is cut three ways: whole, octet by octet, and with another
+command behind it.
+"""
+
+from __future__ import annotations
+
+import socket
+import tracemalloc
+from collections.abc import Sequence
+
+import pytest
+
+import proxsmtpd as program
+from proxsmtpd import Command, CommandBuffer, Peer, Refusal, Reply
+
+LIMIT = 12_288  # of AUTH's line with its CRLF (RFC 4954 section 4)
+
+Outcome = object  # A line, or the reply that refused one.
+
+
+def octetwise(octets: bytes) -> list[bytes]:
+    """The octets one by one."""
+    return [octets[i : i + 1] for i in range(len(octets))]
+
+
+def refusal(line: bytes) -> Reply | None:
+    """The reply that refuses a line, if it is refused."""
+    try:
+        Command.parse(line)
+    except Refusal as error:
+        return error.reply
+    return None
+
+
+# --- Verbs -------------------------------------------------------------------
+
+# A line, and its verb and argument.
+COMMANDS = {
+    "verb": (b"DATA", b"DATA", b""),
+    "lower case": (b"data", b"DATA", b""),
+    "mixed case": (b"dAtA", b"DATA", b""),
+    "empty": (b"", b"", b""),
+    "blanks alone": (b" \t \v\f", b"", b""),
+    "blank behind": (b"DATA ", b"DATA", b""),
+    "blanks behind": (b"DATA \t  ", b"DATA", b""),
+    "blank before": (b" DATA", b"DATA", b""),
+    "blanks around": (b"\t  data\t ", b"DATA", b""),
+    "tab before": (b"\tDATA", b"DATA", b""),
+    "VT before": (b"\vDATA", b"DATA", b""),
+    "VT behind": (b"DATA\v", b"DATA", b""),
+    "FF before": (b"\fDATA", b"DATA", b""),
+    "FF behind": (b"DATA\f", b"DATA", b""),
+    "argument": (b"DATA now", b"DATA", b"now"),
+    "argument behind a tab": (b"DATA\tnow", b"DATA", b"now"),
+    "argument behind VT": (b"DATA\vnow", b"DATA", b"now"),
+    "argument behind FF": (b"DATA\fnow", b"DATA", b"now"),
+    "four letters and more": (b"DATAX", b"DATA", b"X"),
+    "four letters and more, lower case": (b"datax", b"DATA", b"x"),
+    "four letters and a colon": (b"DATA:", b"DATA", b":"),
+    "BDAT": (b"BDAT 10 LAST", b"BDAT", b"10 LAST"),
+    "BDATX": (b"BDATX 10", b"BDAT", b"X 10"),
+    "BDAT with the size attached": (b"bdat10", b"BDAT", b"10"),
+    "BURLX": (b"BURLX imap://h", b"BURL", b"X imap://h"),
+    "MAIL": (b"MAIL FROM:<a@b>", b"MAIL", b"FROM:<a@b>"),
+    "MAIL behind a tab": (b"MAIL\tFROM:<a@b>", b"MAIL", b"FROM:<a@b>"),
+    "verb within a word": (b"XDATA", b"XDATA", b""),
+    "verb as an argument": (b"NOOP DATA", b"NOOP", b"DATA"),
+    "EHLOX is unknown": (b"EHLOX host", b"EHLOX", b"host"),
+    "XCLIENT": (b"xclient ADDR=10.0.0.1", b"XCLIENT", b"ADDR=10.0.0.1"),
+    "argument keeps its case and blanks": (b"vrfy A  b ", b"VRFY", b"A  b"),
+    "blanks behind the argument": (b"VRFY a \t\v\f", b"VRFY", b"a"),
+    "8-bit argument": (b"VRFY \xe4\xff", b"VRFY", b"\xe4\xff"),
+    "control characters in the argument": (b"VRFY \x01\x7f", b"VRFY", b"\x01\x7f"),
+    "unknown": (b"FOO bar", b"FOO", b"bar"),
+    "punctuation": (b"!~ x", b"!~", b"x"),
+}
+
+
+@pytest.mark.parametrize(
+    ("line", "verb", "argument"), COMMANDS.values(), ids=COMMANDS.keys()
+)
+def test_command(line: bytes, verb: bytes, argument: bytes) -> None:
+    assert Command.parse(line) == Command(line, verb, argument)
+
+
+REFUSED = {
+    "NUL before": b"\0DATA",
+    "NUL behind": b"DATA\0",
+    "NUL within": b"DA\0TA",
+    "NUL in the argument": b"NOOP a\0b",
+    "CR before": b"\rDATA",
+    "CR behind": b"DATA\r",
+    "CR within": b"NOOP\rDATA",
+    "LF before": b"\nDATA",
+    "LF behind": b"DATA\n",
+    "LF within": b"NOOP\nDATA",
+    "LF CR": b"NOOP\n\rDATA",
+    "CR in the argument": b"MAIL FROM:<a@b>\r SIZE=1",
+    "backspace": b"DAT\bA",
+    "escape": b"\x1bDATA",
+    "delete": b"\x7fDATA",
+    "unit separator": b"\x1fDATA",
+    "no-break space before": b"\xa0DATA",
+    "no-break space behind": b"DATA\xa0",
+    "no-break space in UTF-8": b"DATA\xc2\xa0x",
+    "next line (ISO 6429)": b"DATA\x85",
+    "high bit set": bytes(octet | 0x80 for octet in b"DATA"),
+    "one high bit set": b"DAT\xc1",
+    "long s in UTF-8": "\u017fTARTTLS".encode(),
+    "fullwidth in UTF-8": "\uff24\uff21\uff34\uff21".encode(),
+    "byte order mark": b"\xef\xbb\xbfDATA",
+}
+
+
+@pytest.mark.parametrize("line", REFUSED.values(), ids=REFUSED.keys())
+def test_command_refused(line: bytes) -> None:
+    assert refusal(line) == b"500 Bad character in command\r\n"
+
+
+# What some server might take for a verb that we must know.
+MISTAKABLE = [
+    "MAILX FROM:<a@b>", "mailfrom:<a@b>", "MAIL:FROM:<a@b>", "MAI FROM:<a@b>", "M",
+    "RCPTX TO:<a@b>", "rcptto:<a@b>", "RCP TO:<a@b>", "AUTHX PLAIN", "AUTH=PLAIN", "AU",
+    "DAT", "da", "D", "BDA 3", "B", "BUR x", "XCL ADDR=x", "XC",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", MISTAKABLE)
+def test_mistakable_verb(line: str) -> None:
+    assert refusal(line.encode()) == b"500 Command unrecognized\r\n"
+
+
+BLANKS = [9, 11, 12, 32]
+PRINTABLE = range(33, 127)
+OTHERS = sorted({*range(256)} - {*BLANKS} - {*PRINTABLE})
+
+
+@pytest.mark.parametrize("octet", BLANKS)
+def test_every_blank_around_a_verb(octet: int) -> None:
+    blank = bytes([octet])
+    assert Command.parse(blank + b"DATA")[1:] == (b"DATA", b"")
+    assert Command.parse(b"DATA" + blank)[1:] == (b"DATA", b"")
+    assert Command.parse(b"FO" + blank + b"DATA")[1:] == (b"FO", b"DATA")
+
+
+@pytest.mark.parametrize("octet", PRINTABLE)
+def test_every_printable_octet_around_a_verb(octet: int) -> None:
+    extra = bytes([octet])
+    # With a B before it, it is BDAT to a server that compares four letters.
+    assert Command.parse(extra + b"DATA").verb[:4] == extra.upper() + b"DAT"
+    assert Command.parse(b"DA" + extra + b"TA").verb == b"DA" + extra.upper() + b"TA"
+    behind = Command.parse(b"DATA" + extra)
+    assert (behind.verb, behind.argument.upper()) == (b"DATA", extra.upper())
+
+
+@pytest.mark.parametrize("octet", OTHERS)
+def test_every_other_octet_around_a_verb(octet: int) -> None:
+    extra = bytes([octet])
+    for line in (extra + b"DATA", b"DATA" + extra, b"DA" + extra + b"TA", extra):
+        assert refusal(line) == b"500 Bad character in command\r\n"
+
+
+@pytest.mark.parametrize("octet", [b"\0", b"\r", b"\n"], ids=["NUL", "CR", "LF"])
+def test_check_octets(octet: bytes) -> None:
+    """What is no command, such as an answer to AUTH, must be one line too."""
+    program.check_octets(b"AGpvZQ==\xff\x01\t")
+    for line in (octet, b"a" + octet, octet + b"a", b"a" + octet + b"DATA"):
+        with pytest.raises(Refusal) as refused:
+            program.check_octets(line)
+        assert refused.value.reply == b"500 Bad character in command\r\n"
+
+
+SECRETS = {
+    "initial response": b"AUTH PLAIN AHNlc2FtZQ==",
+    "lower case": b"auth plain AHNlc2FtZQ==",
+    "tab": b"AUTH\tPLAIN\tAHNlc2FtZQ==",
+    "VT": b"AUTH PLAIN\vAHNlc2FtZQ==",
+    "FF": b"\fAUTH PLAIN\fAHNlc2FtZQ==",
+    "several blanks": b"AUTH  PLAIN  AHNlc2FtZQ==",
+    "several words": b"AUTH PLAIN c2Vz AHNlc2FtZQ==",
+}
+
+
+@pytest.mark.parametrize("line", SECRETS.values(), ids=SECRETS.keys())
+def test_secrets_are_not_logged(line: bytes) -> None:
+    shown = program.Session._without_secrets(Command.parse(line))
+    assert shown[:4].upper() == b"AUTH"
+    assert b"AHNlc2FtZQ" not in shown
+
+
+def test_other_lines_are_logged() -> None:
+    command = Command.parse(b"NOOP shown  as it is ")
+    assert program.Session._without_secrets(command) == command.line
+
+
+# --- The buffer --------------------------------------------------------------
+
+TOO_LONG = Reply(b"500 Line too long\r\n")
+BARE_LF = Reply(b"500 Lines must end in CRLF\r\n")
+LONGEST = b"AUTH PLAIN ".ljust(LIMIT - 2, b"=")
+
+
+def outcomes(buffer: CommandBuffer, pieces: Sequence[bytes]) -> list[Outcome]:
+    """What comes out of a buffer as the pieces go in: lines and refusals."""
+    found: list[Outcome] = []
+    for piece in pieces:
+        buffer.feed(piece)
+        while True:
+            try:
+                line = buffer.next_line()
+            except Refusal as error:
+                found.append(error.reply)
+                continue
+            if line is None:
+                break
+            found.append(line)
+    return found
+
+
+# Octets of the client, and what comes out.
+STREAMS: dict[str, tuple[bytes, list[Outcome]]] = {
+    "line": (b"NOOP\r\n", [b"NOOP"]),
+    "lines": (b"RSET\r\nNOOP\r\n", [b"RSET", b"NOOP"]),
+    "empty line": (b"\r\n", [b""]),
+    "empty lines": (b"\r\n\r\n\r\n", [b"", b"", b""]),
+    "CR within": (b"NO\rOP\r\n", [b"NO\rOP"]),
+    "CR CR LF": (b"NOOP\r\r\n", [b"NOOP\r"]),
+    "NUL within": (b"NO\0OP\r\n", [b"NO\0OP"]),
+    "8-bit": (b"\xff\x80\r\n", [b"\xff\x80"]),
+    "blanks": (b" NOOP \r\n", [b" NOOP "]),
+    "longest": (LONGEST + b"\r\n", [LONGEST]),
+    "longest twice": ((LONGEST + b"\r\n") * 2, [LONGEST, LONGEST]),
+    "too long by one": (LONGEST + b"=\r\n", [TOO_LONG]),
+    "too long by two": (LONGEST + b"==\r\n", [TOO_LONG]),
+    "too long by three": (LONGEST + b"===\r\n", [TOO_LONG]),
+    "far too long": (b"A" * 5 * LIMIT + b"\r\n", [TOO_LONG]),
+    "too long, with a command as tail": (b"A" * LIMIT + b"DATA\r\n", [TOO_LONG]),
+    "too long, with a CR before the tail": (b"A" * LIMIT + b"\rDATA\r\n", [TOO_LONG]),
+    "too long, the CR as the last that fits": (LONGEST + b"A\rDATA\r\n", [TOO_LONG]),
+    "too long, then a good one": (b"A" * LIMIT + b"\r\nNOOP\r\n", [TOO_LONG, b"NOOP"]),
+    "too long twice": ((b"A" * LIMIT + b"\r\n") * 2, [TOO_LONG, TOO_LONG]),
+    "good, too long, good": (
+        b"RSET\r\n" + b"A" * LIMIT + b"\r\nNOOP\r\n",
+        [b"RSET", TOO_LONG, b"NOOP"],
+    ),
+    "CR alone, at the limit": (b"\r" * LIMIT + b"\r\n", [TOO_LONG]),
+}
+
+
+@pytest.mark.parametrize(("octets", "expected"), STREAMS.values(), ids=STREAMS.keys())
+def test_lines(octets: bytes, expected: list[Outcome]) -> None:
+    assert outcomes(CommandBuffer(), [octets]) == expected
+    assert outcomes(CommandBuffer(), octetwise(octets)) == expected
+    assert outcomes(CommandBuffer(), [octets + b"QUIT\r\n"]) == [*expected, b"QUIT"]
+    assert outcomes(CommandBuffer(), [octets + b"QUIT"]) == expected
+
+
+@pytest.mark.parametrize("octets", [b"NOOP", b"NOOP\r", b"\r", b"A" * LIMIT])
+def test_unfinished_line(octets: bytes) -> None:
+    for pieces in ([octets], octetwise(octets)):
+        buffer = CommandBuffer()
+        assert outcomes(buffer, pieces) == []
+        assert buffer
+
+
+def test_line_ended_by_bare_lf() -> None:
+    """A client that waits for an answer to its LF gets one, and can go on."""
+    for pieces in ([b"NOOP\n"], octetwise(b"NOOP\n")):
+        buffer = CommandBuffer()
+        assert outcomes(buffer, pieces) == [BARE_LF]
+        assert not buffer
+        assert outcomes(buffer, [b"NOOP\r\n"]) == [b"NOOP"]
+
+
+def test_bare_lf_within_a_line_is_no_end() -> None:
+    assert outcomes(CommandBuffer(), [b"NOOP\nDATA\r\n"]) == [b"NOOP\nDATA"]
+
+
+def test_emptiness() -> None:
+    buffer = CommandBuffer()
+    assert not buffer
+    buffer.feed(b"NOOP\r\nx")
+    assert buffer
+    buffer.next_line()
+    assert buffer
+    assert buffer.take_all() == b"x"
+    assert not buffer
+    assert buffer.take_all() == b""
+
+
+def test_mail_data_behind_a_command() -> None:
+    buffer = CommandBuffer()
+    buffer.feed(b"DATA\r\nSubject: x\r\n.\r\nQUIT\r\n")
+    assert buffer.next_line() == b"DATA"
+    assert buffer.take_all() == b"Subject: x\r\n.\r\nQUIT\r\n"
+    assert outcomes(buffer, [b"NOOP\r\n"]) == [b"NOOP"]
+
+
+def test_memory_is_bounded() -> None:
+    block = b"A" * 65_536
+    buffer = CommandBuffer()
+    tracemalloc.start()
+    try:
+        assert outcomes(buffer, [block] * 200) == []
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 8 * len(block)
+    assert outcomes(buffer, [b"DATA\r\nNOOP\r\n"]) == [TOO_LONG, b"NOOP"]
+
+
+# --- Paths (RFC 5321 4.1.2) --------------------------------------------------
+
+# The argument of MAIL or RCPT, and the path in it.
+PATHS = {
+    "plain": (b"FROM:<a@b>", b"a@b"),
+    "no domain": (b"TO:<Postmaster>", b"Postmaster"),
+    "lower case": (b"from:<A@b>", b"A@b"),
+    "null": (b"FROM:<>", b"<>"),
+    "null with a parameter": (b"FROM:<> SIZE=0", b"<>"),
+    "SIZE": (b"FROM:<a@b> SIZE=1000", b"a@b"),
+    "parameters": (b"FROM:<a@b> BODY=8BITMIME SMTPUTF8 RET=HDRS", b"a@b"),
+    "parameter with a path": (b"TO:<a@b> ORCPT=rfc822;<c@d>", b"a@b"),
+    "parameter attached": (b"FROM:<a@b>SIZE=3", b"a@b"),
+    "blank behind the colon": (b"TO: <a@b>", b"a@b"),
+    "blanks behind the colon": (b"TO: \t \v\f<a@b>", b"a@b"),
+    "blank before the colon": (b"TO : <a@b>", b"a@b"),
+    "blank behind": (b"TO:<a@b>  ", b"a@b"),
+    "blanks inside": (b"TO:< a@b >", b" a@b "),
+    "no brackets": (b"TO:a@b", b"a@b"),
+    "no brackets, blanks around": (b"TO: a@b ", b"a@b"),
+    "no brackets, SIZE": (b"FROM:a@b SIZE=3", b"a@b"),
+    "no brackets, a tab before SIZE": (b"FROM:a@b\tSIZE=3", b"a@b"),
+    "no brackets, quoted": (b'TO:"a b"@c SIZE=3', b'"a b"@c'),
+    "no brackets, a quoted bracket": (b'TO:"<a>"@c', b'"<a>"@c'),
+    "quoted": (b'TO:<"a b"@c>', b'"a b"@c'),
+    "quoted bracket": (b'TO:<"a>b"@c>', b'"a>b"@c'),
+    "quoted brackets": (b'TO:<"<a>"@c> SIZE=1', b'"<a>"@c'),
+    "quoted escaped quote": (rb'TO:<"a\"b"@c>', rb'"a\"b"@c'),
+    "quoted escaped quote, then a bracket": (rb'TO:<"a\">b"@c>', rb'"a\">b"@c'),
+    "quoted escaped backslash": (rb'TO:<"a\\"@c> X="y>z"', rb'"a\\"@c'),
+    "quoted empty": (b'TO:<""@c>', b'""@c'),
+    "quoted twice": (b'TO:<"a>"."b>"@c>', b'"a>"."b>"@c'),
+    "escaped bracket": (rb"TO:<a\>b@c>", rb"a\>b@c"),
+    "escaped quote": (rb"TO:<a\"b@c> SIZE=1", rb"a\"b@c"),
+    "no brackets, an escaped blank": (rb"TO:a\ b@c SIZE=1", rb"a\ b@c"),
+    "quote in a parameter": (b'TO:<a@b> X="', b"a@b"),
+    "source route": (b"TO:<@x,@y:a@b>", b"@x,@y:a@b"),
+    "colon in the domain": (b"TO:<a@[IPv6:2001:db8::1]>", b"a@[IPv6:2001:db8::1]"),
+    "colon in the local part": (b'TO:<"x:y"@b>', b'"x:y"@b'),
+    "8-bit": (b"TO:<\xc3\xa4@\xff>", b"\xc3\xa4@\xff"),
+    "control character": (b"TO:<a\x01@b>", b"a\x01@b"),
+    "bracket in brackets": (b"TO:<<a@b>>", b"<a@b"),
+    "bracket too many": (b"TO:<a@b>>", b"a@b"),
+    "nothing": (b"FROM:", b"<>"),
+    "nothing but blanks": (b"FROM: \t", b"<>"),
+    "no argument": (b"", b"<>"),
+    # What follows no grammar, though a server took it, is all behind the colon.
+    "unclosed": (b"TO:<a@b", b"<a@b"),
+    "unclosed, a blank within": (b"TO:<a b", b"<a b"),
+    "unclosed empty": (b"TO:<", b"<"),
+    "unclosed quote": (b'TO:<"a>b@c>', b'<"a>b@c>'),
+    "unclosed quote behind a word": (b'TO:<a"b>', b'<a"b>'),
+    "unclosed escape": (b"TO:<a\\>", b"<a\\>"),
+    "unclosed quote, no brackets": (b'TO:"abc', b'"abc'),
+    "unclosed quote behind a word, no brackets": (b'TO:a"b>c@d ', b'a"b>c@d'),
+    "unclosed escape, no brackets": (b"TO:a\\", b"a\\"),
+    # As C.
+    "no colon": (b"FROM <a@b>", b"a@b"),
+}
+
+
+@pytest.mark.parametrize(("argument", "path"), PATHS.values(), ids=PATHS.keys())
+def test_path(argument: bytes, path: bytes) -> None:
+    assert program.parse_path(argument) == path
+
+
+# Neither may take more than a moment at the limit of a line.
+@pytest.mark.parametrize("unit", [b'"', b"\\", b'"a"', b"<", b":", b"<:", b' "'])
+def test_path_is_parsed_in_linear_time(unit: bytes) -> None:
+    argument = b"TO:<" + unit * (LIMIT // len(unit))
+    assert program.parse_path(argument)[:1] in (b"<", b'"')
+
+
+# --- XFORWARD ----------------------------------------------------------------
+
+# Text in xtext, and what it means.
+XTEXT = {
+    "nothing": (b"", b""),
+    "plain": (b"abc", b"abc"),
+    "plus": (b"+2B", b"+"),
+    "equals": (b"+3D", b"="),
+    "blank": (b"a+20b", b"a b"),
+    "several": (b"+41+42c+7E", b"ABc~"),
+    "NUL": (b"+00", b"\0"),
+    "8-bit": (b"+FF", b"\xff"),
+    "lower case": (b"+2b+fe", b"+\xfe"),
+    "decoded once": (b"+2B41", b"+41"),
+    "no hexadecimal": (b"+zz", b"+zz"),
+    "half of one": (b"a+4", b"a+4"),
+    "plus at the end": (b"a+", b"a+"),
+    "raw 8-bit": (b"\xe4+41", b"\xe4A"),
+}
+
+
+@pytest.mark.parametrize(("text", "octets"), XTEXT.values(), ids=XTEXT.keys())
+def test_xtext_decode(text: bytes, octets: bytes) -> None:
+    assert program.xtext_decode(text) == octets
+
+
+ENCODED = {
+    "plain": (b"mail.example", b"mail.example"),
+    "printable": (b"!*,<>~[]", b"!*,<>~[]"),
+    "plus and equals": (b"a+b=c", b"a+2Bb+3Dc"),
+    "blank": (b"a b", b"a+20b"),
+    "controls": (b"\0\r\n\x1f\x7f", b"+00+0D+0A+1F+7F"),
+    "8-bit": (b"\x80\xff", b"+80+FF"),
+}
+
+
+@pytest.mark.parametrize(("octets", "text"), ENCODED.values(), ids=ENCODED.keys())
+def test_xtext_encode(octets: bytes, text: bytes) -> None:
+    assert program.xtext_encode(octets) == text
+
+
+def test_xtext_encode_is_undone() -> None:
+    every = bytes(range(256))
+    text = program.xtext_encode(every)
+    assert all(33 <= octet <= 126 and octet != ord("=") for octet in text)
+    assert program.xtext_decode(text) == every
+
+
+# The argument of XFORWARD, and its attributes.
+XFORWARD: dict[str, tuple[bytes, dict[bytes, bytes | None]]] = {
+    "nothing": (b"", {}),
+    "blanks": (b" \t ", {}),
+    "address": (b"ADDR=10.0.0.1", {b"ADDR": b"10.0.0.1"}),
+    "several": (
+        b"NAME=mx.example ADDR=10.0.0.1 HELO=mx.example PROTO=ESMTP",
+        {
+            b"NAME": b"mx.example",
+            b"ADDR": b"10.0.0.1",
+            b"HELO": b"mx.example",
+            b"PROTO": b"ESMTP",
+        },
+    ),
+    "lower case": (b"addr=10.0.0.1 helo=MX", {b"ADDR": b"10.0.0.1", b"HELO": b"MX"}),
+    "blanks between": (b" ADDR=1  HELO=2\t", {b"ADDR": b"1", b"HELO": b"2"}),
+    "tab between": (b"ADDR=1\tHELO=2", {b"ADDR": b"1", b"HELO": b"2"}),
+    "xtext": (b"HELO=a+2Bb+3Dc", {b"HELO": b"a+b=c"}),
+    "xtext with a blank": (
+        b"HELO=x+20ADDR+3D6.6.6.6",
+        {b"HELO": b"x ADDR=6.6.6.6"},
+    ),
+    "no xtext": (b"HELO=+zz", {b"HELO": b"+zz"}),
+    "forged": (
+        b"ADDR=10.0.0.1 HELO=addr=6.6.6.6",
+        {b"ADDR": b"10.0.0.1", b"HELO": b"addr=6.6.6.6"},
+    ),
+    "forged, the other order": (
+        b"HELO=addr=6.6.6.6 ADDR=10.0.0.1",
+        {b"HELO": b"addr=6.6.6.6", b"ADDR": b"10.0.0.1"},
+    ),
+    "attribute within a name": (b"XADDR=6.6.6.6", {b"XADDR": b"6.6.6.6"}),
+    "unavailable": (b"ADDR=[UNAVAILABLE]", {b"ADDR": None}),
+    "unavailable, lower case": (b"ADDR=[unavailable]", {b"ADDR": None}),
+    "temporarily unavailable": (b"NAME=[TEMPUNAVAIL]", {b"NAME": None}),
+    "in brackets": (b"HELO=[10.0.0.1]", {b"HELO": b"[10.0.0.1]"}),
+    "empty": (b"HELO=", {b"HELO": None}),
+    "no equals sign": (b"HELO", {b"HELO": None}),
+    "decoded NUL": (b"HELO=a+00b", {b"HELO": None}),
+    "decoded CR LF": (b"HELO=a+0D+0Ab", {b"HELO": None}),
+    "decoded tab": (b"ADDR=+09", {b"ADDR": None}),
+    "decoded delete": (b"ADDR=1+7F", {b"ADDR": None}),
+    "raw control": (b"ADDR=1\x01", {b"ADDR": None}),
+    "8-bit": (b"HELO=\xe4+E4", {b"HELO": b"\xe4\xe4"}),
+    "IPv6": (b"ADDR=IPV6:2001:db8::1", {b"ADDR": b"IPV6:2001:db8::1"}),
+    "twice": (b"ADDR=1 ADDR=2", {b"ADDR": b"2"}),
+}
+
+
+@pytest.mark.parametrize(
+    ("argument", "attributes"), XFORWARD.values(), ids=XFORWARD.keys()
+)
+def test_xforward(argument: bytes, attributes: dict[bytes, bytes | None]) -> None:
+    assert program.parse_xforward(argument) == attributes
+
+
+IPV6_TAGS = {
+    "tagged": (b"IPV6:2001:db8::1", b"2001:db8::1"),
+    "lower case": (b"ipv6:::1", b"::1"),
+    "plain": (b"2001:db8::1", b"2001:db8::1"),
+    "IPv4": (b"10.0.0.1", b"10.0.0.1"),
+    "tag alone": (b"IPV6:", b""),
+    "nothing": (b"", b""),
+}
+
+
+@pytest.mark.parametrize(("tagged", "plain"), IPV6_TAGS.values(), ids=IPV6_TAGS.keys())
+def test_ipv6_tag(tagged: bytes, plain: bytes) -> None:
+    assert program.strip_ipv6_tag(tagged) == plain
+
+
+# --- XCLIENT -----------------------------------------------------------------
+
+CLIENT = Peer("192.0.2.9", 4321)
+LOCAL = Peer("192.0.2.1", 25)
+CLIENT6 = Peer("2001:db8::9", 4321)
+LOCAL6 = Peer("2001:db8::1", 25)
+UNIX = Peer("", 0)
+EHLO = Command(b"EHLO mx.example", b"EHLO", b"mx.example")
+HELO = Command(b"HELO mx.example", b"HELO", b"mx.example")
+ODD = Command(b"EHLO a b=c", b"EHLO", b"a b=c")
+NAMELESS = Command(b"EHLO", b"EHLO", b"")
+ALL = b"NAME ADDR PORT HELO PROTO DESTADDR DESTPORT"
+
+# The attributes that the server lists, both ends of the connection, EHLO or HELO,
+# and the words of the command behind its first; ADDR is always the first.
+XCLIENT: dict[str, tuple[bytes, Peer, Peer, Command | None, bytes]] = {
+    "nothing listed": (b"", CLIENT, LOCAL, EHLO, b"ADDR=192.0.2.9"),
+    "ADDR alone": (b"ADDR", CLIENT, LOCAL, EHLO, b"ADDR=192.0.2.9"),
+    "NAME": (b"NAME", CLIENT, LOCAL, EHLO, b"ADDR=192.0.2.9 NAME=[UNAVAILABLE]"),
+    "PORT": (b"PORT", CLIENT, LOCAL, EHLO, b"ADDR=192.0.2.9 PORT=4321"),
+    "HELO": (b"HELO", CLIENT, LOCAL, EHLO, b"ADDR=192.0.2.9 HELO=mx.example"),
+    "PROTO after EHLO": (b"PROTO", CLIENT, LOCAL, EHLO, b"ADDR=192.0.2.9 PROTO=ESMTP"),
+    "PROTO after HELO": (b"PROTO", CLIENT, LOCAL, HELO, b"ADDR=192.0.2.9 PROTO=SMTP"),
+    "destination": (
+        b"DESTADDR DESTPORT",
+        CLIENT,
+        LOCAL,
+        EHLO,
+        b"ADDR=192.0.2.9 DESTADDR=192.0.2.1 DESTPORT=25",
+    ),
+    "all": (
+        ALL,
+        CLIENT,
+        LOCAL,
+        EHLO,
+        b"ADDR=192.0.2.9 NAME=[UNAVAILABLE] PORT=4321 HELO=mx.example PROTO=ESMTP"
+        b" DESTADDR=192.0.2.1 DESTPORT=25",
+    ),
+    "unknown attributes": (b"LOGIN FOO", CLIENT, LOCAL, EHLO, b"ADDR=192.0.2.9"),
+    "IPv6": (
+        b"DESTADDR",
+        CLIENT6,
+        LOCAL6,
+        EHLO,
+        b"ADDR=IPV6:2001:db8::9 DESTADDR=IPV6:2001:db8::1",
+    ),
+    "unix socket": (
+        ALL,
+        UNIX,
+        UNIX,
+        EHLO,
+        b"ADDR=[UNAVAILABLE] NAME=[UNAVAILABLE] PORT=[UNAVAILABLE] HELO=mx.example"
+        b" PROTO=ESMTP DESTADDR=[UNAVAILABLE] DESTPORT=[UNAVAILABLE]",
+    ),
+    "HELO in xtext": (b"HELO", CLIENT, LOCAL, ODD, b"ADDR=192.0.2.9 HELO=a+20b+3Dc"),
+    "HELO without a name": (
+        b"HELO",
+        CLIENT,
+        LOCAL,
+        NAMELESS,
+        b"ADDR=192.0.2.9 HELO=[UNAVAILABLE]",
+    ),
+    "no HELO at all": (b"HELO PROTO", CLIENT, LOCAL, None, b"ADDR=192.0.2.9"),
+}
+
+
+@pytest.mark.parametrize(
+    ("offered", "client", "local", "hello", "expected"),
+    XCLIENT.values(),
+    ids=XCLIENT.keys(),
+)
+def test_xclient(
+    offered: bytes, client: Peer, local: Peer, hello: Command | None, expected: bytes
+) -> None:
+    attributes = frozenset(offered.split())
+    line = program.xclient_command(attributes, client, local, hello)
+    first, address, *others = line.split(b" ")
+    wanted_address, *wanted = expected.split()
+    assert (first, address) == (b"XCLIENT", wanted_address)
+    assert sorted(others) == sorted(wanted)
+
+
+def xclient_with_helo(length: int) -> bytes:
+    """The XCLIENT command for a client whose EHLO name has this length."""
+    hello = Command(b"", b"EHLO", b"h" * length)
+    offered = frozenset((b"HELO", b"PORT"))
+    return program.xclient_command(offered, CLIENT, LOCAL, hello)
+
+
+def test_overlong_helo_is_left_out() -> None:
+    """A command line has 512 octets at most with its CRLF (RFC 5321 4.5.3.1.4)."""
+    rest = b"XCLIENT ADDR=192.0.2.9 PORT=4321"
+    room = 512 - len(rest + b" HELO=" + b"\r\n")
+    assert xclient_with_helo(room) == rest + b" HELO=" + b"h" * room
+    assert xclient_with_helo(room + 1) == rest
+    assert xclient_with_helo(LIMIT) == rest
+
+
+LOOPBACK = socket.if_nameindex()[0][0]
+PEERS: dict[str, tuple[object, Peer]] = {
+    "IPv4": (("192.0.2.9", 4321), Peer("192.0.2.9", 4321)),
+    "IPv6": (("2001:db8::9", 4321, 0, 0), Peer("2001:db8::9", 4321)),
+    "v4-mapped": (("::ffff:192.0.2.9", 4321, 0, 0), Peer("192.0.2.9", 4321)),
+    "not quite v4-mapped": (("::ffff:c000:0", 1, 0, 0), Peer("::ffff:c000:0", 1)),
+    "link-local": (
+        ("fe80::2", 4321, 0, LOOPBACK),
+        Peer(f"fe80::2%{socket.if_indextoname(LOOPBACK)}", 4321),
+    ),
+    "unix socket": ("", Peer("", 0)),
+    "named unix socket": ("/run/x.sock", Peer("", 0)),
+    "unix socket as octets": (b"", Peer("", 0)),
+}
+
+
+@pytest.mark.parametrize(("sockaddr", "peer"), PEERS.values(), ids=PEERS.keys())
+def test_peer(sockaddr: object, peer: Peer) -> None:
+    assert Peer.of(sockaddr) == peer

@@ -1,0 +1,976 @@
+"""The command line, the configuration file and the daemon's life, seen from outside."""
+
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+import re
+import resource
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Callable, NamedTuple
+
+import pytest
+
+from conftest import (
+    PATIENCE,
+    Daemon,
+    MakeServer,
+    StartDaemon,
+    is_listening,
+    poll,
+    port_of,
+    program_under_test,
+    reserve_port,
+    settings_text,
+)
+from smtp import RawClient, ScriptedServer
+
+MESSAGE = b"Subject: test\r\n\r\nHello\r\n"
+QUEUED = b"250 2.0.0 Ok: queued\r\n"
+BUSY = b"421 Server busy, too many connections\r\n"
+USAGE = """\
+usage: proxsmtpd [-d debuglevel] [-f configfile] [-p pidfile]
+       proxsmtpd -t [-d debuglevel] [-f configfile] [message ...]
+       proxsmtpd -v
+"""
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+
+
+def run(*args: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run the program until it, or as a daemon its first process, ends."""
+    command = [*program_under_test(), *map(str, args)]
+    return subprocess.run(
+        command,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        **options,
+    )
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Callable[[str], Path]:
+    """A factory of configuration files: text in, path out."""
+
+    def make(text: str) -> Path:
+        path = tmp_path / "proxsmtpd.conf"
+        path.write_bytes(os.fsencode(text))
+        return path
+
+    return make
+
+
+# --- The command line ---
+
+
+@pytest.mark.parametrize(
+    "args", [["-x"], ["file"], ["-f"], ["-p"], ["-d"], ["-v", "file"], ["--help"]]
+)
+def test_usage(args: list[str]) -> None:
+    result = run(*args)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.endswith(USAGE)
+
+
+@pytest.mark.parametrize("level", ["5", "-1", "x", "", "1x", "1 0"])
+def test_invalid_debug_level(level: str, config: Callable[[str], Path]) -> None:
+    result = run("-d", level, "-f", config("OutAddress: 25\n"))
+    assert result.returncode == 2
+    assert "proxsmtpd: invalid debug log level" in result.stderr
+
+
+def test_version() -> None:
+    result = run("-v")
+    assert result.returncode == 0
+    assert result.stderr == ""
+    lines = r"proxsmtpd \(version \d[\w.]*\)\n          \(config: /.*\.conf\)\n"
+    assert re.fullmatch(lines, result.stdout)
+
+
+def test_check(config: Callable[[str], Path], server: ScriptedServer) -> None:
+    """An address that is in use is no fault: the daemon itself may be there."""
+    text = f"OutAddress: 25\nListen: {server.address}\nFilterCommand: cat\n"
+    result = run("-t", "-f", config(text))
+    assert (result.returncode, result.stdout) == (0, "configuration is OK\n")
+    assert result.stderr == ""
+
+
+def test_check_finds_errors(config: Callable[[str], Path]) -> None:
+    path = config("OutAddress: 25\n\nFilterTimeout: soon\n")
+    result = run("-t", "-f", path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert f"{path}:3:" in result.stderr
+
+
+WARNED = {
+    "TempDirectory: /nowhere/at/all": "/nowhere/at/all",
+    "TempDirectory: /etc/passwd": "/etc/passwd",
+    "FilterCommand: /nowhere/filter --strict": "/nowhere/filter",
+    "FilterCommand: no-such-filter": "no-such-filter",
+    "User: no-such-user": "no-such-user",
+}
+
+
+@pytest.mark.parametrize("line", WARNED)
+def test_check_warns(line: str, config: Callable[[str], Path]) -> None:
+    result = run("-t", "-f", config(f"OutAddress: 25\n{line}\n"))
+    assert (result.returncode, result.stdout) == (0, "configuration is OK\n")
+    (warning,) = result.stderr.splitlines()
+    assert WARNED[line] in warning
+
+
+def test_check_warns_of_a_directory_for_everybody(
+    config: Callable[[str], Path], tmp_path: Path
+) -> None:
+    place = tmp_path / "temp"
+    place.mkdir()
+    path = config(f"OutAddress: 25\nTempDirectory: {place}\n")
+    for mode, warned in ((0o777, True), (0o1777, False), (0o700, False)):
+        place.chmod(mode)
+        result = run("-t", "-f", path)
+        assert result.returncode == 0
+        assert (str(place) in result.stderr) == warned, oct(mode)
+
+
+# --- The configuration file ---
+
+BAD_LINES = {
+    "Nonsense": "invalid config line: Nonsense",
+    "Unknown: x": "invalid config line: Unknown",
+    "FilterTimeout: 0": "invalid setting: FilterTimeout",
+    "FilterTimeout: 1x": "invalid setting: FilterTimeout",
+    "FilterTimeout:": "invalid setting: FilterTimeout",
+    "TimeOut: -1": "invalid setting: TimeOut",
+    "KeepAlives: -1": "invalid setting: KeepAlives",
+    "MaxConnections: 0": "invalid setting: MaxConnections",
+    "MaxConnections: 10241": "invalid setting: MaxConnections",
+    "FilterType: sieve": "invalid value for FilterType",
+    "XClient: maybe": "invalid value for XClient",
+    "FilterMode: obey": "invalid value for FilterMode",
+    "FilterFailure: ignore": "invalid value for FilterFailure",
+    "ProxyProtocol: v2": "invalid value for ProxyProtocol",
+    "MaxMessageSize: 10M": "invalid setting: MaxMessageSize",
+    "TransparentProxy: maybe": "invalid value for TransparentProxy",
+    "Skip: everybody": "invalid value for Skip",
+    "TempDirectory:": "invalid setting: TempDirectory",
+    "User:": "invalid setting: User",
+    "Listen: one:two:three": "invalid Listen socket name or ip: one:two:three",
+    "Listen: 127.0.0.1:65536": "invalid Listen socket name or ip: 127.0.0.1:65536",
+    "OutAddress: [::1": "invalid OutAddress socket name or ip: [::1",
+}
+
+
+@pytest.mark.parametrize("foreground", [["-d", "0"], ["-t"], []], ids=["d", "t", ""])
+def test_all_errors_at_once(
+    foreground: list[str], config: Callable[[str], Path]
+) -> None:
+    """Each fault is one line, with the file, the number and the original's words."""
+    text = "OutAddress: 25\n" + "".join(f"\n{line}\n" for line in BAD_LINES)
+    path = config(text)
+    result = run(*foreground, "-f", path)
+    assert (result.returncode, result.stdout) == (2, "")
+    said = result.stderr.splitlines()
+    for number, (line, words) in enumerate(BAD_LINES.items()):
+        (about,) = [
+            x for x in said if x.startswith(f"proxsmtpd: {path}:{number * 2 + 3}:")
+        ]
+        assert words in about, line
+    assert len(said) == len(BAD_LINES)
+
+
+SWITCHES = ("0", "no", "false", "f", "off", "1", "yes", "true", "t", "on", "ON", "No")
+VALID_LINES = [
+    *(f"XClient: {word}" for word in SWITCHES),
+    "MaxConnections: 1",
+    "MaxConnections: 10240",
+    "KeepAlives: 0",
+    "MaxMessageSize: 0",
+    "FilterMode: Observe",
+    "FilterFailure: PASS",
+    "ProxyProtocol: on",
+    "FilterCommand:",
+    "Header:",
+    "Listen: 1",
+    "Listen: ::1",
+    "Listen: [::1]",
+    "Listen: [::]:25",
+    "Listen: /run/some.sock",
+    "OutAddress: mx.example.com",
+    "OutAddress: 127.0.0.1",
+]
+
+
+def test_valid_lines(config: Callable[[str], Path]) -> None:
+    """All in one file, where every line is checked and the later one wins."""
+    lines = [*VALID_LINES, "OutAddress: 25", ""]  # with a host, -t would connect
+    result = run("-t", "-f", config("\n".join(lines)))
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_odd_spellings(proxsmtpd: StartDaemon, tmp_path: Path) -> None:
+    with reserve_port() as holder:
+        port = port_of(holder)
+        daemon = proxsmtpd(
+            f"\r\n   # Listen: 1\n#\n\t lIsTeN \t:\t 127.0.0.1:{port} \r\n"
+            f"FILTERCOMMAND:echo 554 a:b \udce9 \\# c >&2; exit 1 # no\n"
+            f"tempdirectory : /nowhere\ntempdirectory : {tmp_path}/proxsmtpd-0/temp"
+        )
+        reply = daemon.connect().message(MESSAGE)
+    assert reply == b"554 a:b ? # c\r\n"
+
+
+def test_bytes_pass_through_unharmed(proxsmtpd: StartDaemon) -> None:
+    daemon = proxsmtpd("FilterType: reject\nFilterReject: 554 \udce9\udcff nein\n")
+    client = daemon.connect()
+    client.reply()
+    assert client.command(b"MAIL FROM:<>") == b"554 \xe9\xff nein\r\n"
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    path = tmp_path / "none"
+    result = run("-d", "1", "-f", path)
+    assert result.returncode == 2
+    assert f"proxsmtpd: configuration file not found: {path}\n" in result.stderr
+    assert "OutAddress" in result.stderr
+
+
+def test_unreadable_file(tmp_path: Path) -> None:
+    result = run("-d", "1", "-f", tmp_path)
+    assert result.returncode == 1
+    assert str(tmp_path) in result.stderr
+
+
+def test_out_address_is_required(config: Callable[[str], Path]) -> None:
+    result = run("-f", config("FilterCommand: cat\n"))
+    assert result.returncode == 2
+    assert "no OutAddress specified" in result.stderr
+
+
+# --- Addresses ---
+
+
+def greeted(address: str) -> bool:
+    """Whether a client of this address is served."""
+    with RawClient(address) as client:
+        return client.reply() == b"220 smtp.passthru\r\n"
+
+
+def test_listen_on_a_port(proxsmtpd: StartDaemon) -> None:
+    with reserve_port("0.0.0.0") as holder:
+        port = port_of(holder)
+        proxsmtpd({"Listen": port})
+        assert greeted(f"127.0.0.1:{port}")
+        assert greeted(f"127.0.0.2:{port}")
+
+
+def test_listen_on_a_name(proxsmtpd: StartDaemon) -> None:
+    with reserve_port() as holder:
+        daemon = proxsmtpd({"Listen": f"localhost:{port_of(holder)}"})
+        assert greeted(f"127.0.0.1:{daemon.port}")
+
+
+def test_listen_on_ipv6(proxsmtpd: StartDaemon, tmp_path: Path) -> None:
+    saved = tmp_path / "client"
+    with reserve_port("::1") as holder:
+        listen = f"[::1]:{port_of(holder)}"
+        command = f"echo $CLIENT $SERVER > {saved}; cat"
+        daemon = proxsmtpd({"Listen": listen, "FilterCommand": command})
+        assert daemon.connect().message(MESSAGE) == QUEUED
+    assert saved.read_text() == "::1 127.0.0.1\n"
+    daemon.wait_log(r": client=::1, from=a@example\.com")
+
+
+def test_listen_on_everything(proxsmtpd: StartDaemon, tmp_path: Path) -> None:
+    """`[::]` serves IPv4 too, and calls an IPv4 client by its plain address."""
+    saved = tmp_path / "client"
+    with reserve_port("::") as holder:
+        port = port_of(holder)
+        daemon = proxsmtpd(
+            {"Listen": f"[::]:{port}", "FilterCommand": f"echo $CLIENT > {saved}; cat"}
+        )
+        for host, client_address in (("127.0.0.1", "127.0.0.1"), ("[::1]", "::1")):
+            with RawClient(f"{host}:{port}") as client:
+                assert client.message(MESSAGE) == QUEUED
+            assert saved.read_text() == f"{client_address}\n"
+    assert "ffff" not in daemon.log()
+
+
+def test_listen_on_a_unix_socket(proxsmtpd: StartDaemon, tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    daemon = proxsmtpd({"Listen": path, "FilterCommand": "cat"})
+    assert daemon.connect().message(MESSAGE) == QUEUED
+    assert stat.S_ISSOCK(path.stat().st_mode)
+
+
+def test_stale_unix_socket_is_replaced(proxsmtpd: StartDaemon, tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(path))
+    assert proxsmtpd({"Listen": path}).connect().reply() == b"220 smtp.passthru\r\n"
+
+
+@pytest.mark.parametrize("kind", ["file", "directory", "link", "fifo"])
+def test_what_is_no_socket_stays(
+    kind: str, config: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "precious"
+    makers: dict[str, Callable[[Path], object]] = {
+        "file": lambda path: path.write_text("precious"),
+        "directory": Path.mkdir,
+        "link": lambda path: path.symlink_to("elsewhere"),
+        "fifo": os.mkfifo,
+    }
+    makers[kind](path)
+    before = path.lstat()
+    result = run("-d", "1", "-f", config(f"OutAddress: 25\nListen: {path}\n"))
+    assert result.returncode == 1
+    assert str(path) in result.stderr
+    assert (path.lstat().st_ino, path.lstat().st_size) == (
+        before.st_ino,
+        before.st_size,
+    )
+
+
+def test_unix_socket_in_use_stays(
+    proxsmtpd: StartDaemon, config: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "socket"
+    daemon = proxsmtpd({"Listen": path})
+    result = run("-d", "1", "-f", config(f"OutAddress: 25\nListen: {path}\n"))
+    assert result.returncode == 1
+    assert str(path) in result.stderr
+    assert daemon.connect().reply() == b"220 smtp.passthru\r\n"
+
+
+@pytest.mark.parametrize("host", ["::1", "127.0.0.3"])
+def test_server_address(
+    host: str, make_server: MakeServer, proxsmtpd: StartDaemon, tmp_path: Path
+) -> None:
+    saved = tmp_path / "server"
+    server = make_server(host=host)
+    command = f"echo $SERVER > {saved}; cat"
+    daemon = proxsmtpd({"FilterCommand": command}, server=server)
+    assert daemon.connect().message(MESSAGE) == QUEUED
+    assert saved.read_text() == f"{host}\n"
+
+
+def test_server_by_name(make_server: MakeServer, proxsmtpd: StartDaemon) -> None:
+    server = make_server()
+    daemon = proxsmtpd({"OutAddress": f"localhost:{server.port}"})
+    assert daemon.connect().message(MESSAGE) == QUEUED
+
+
+def test_server_on_a_unix_socket(
+    make_server: MakeServer, proxsmtpd: StartDaemon, tmp_path: Path
+) -> None:
+    daemon = proxsmtpd(server=make_server(host=str(tmp_path / "server")))
+    assert daemon.connect().message(MESSAGE) == QUEUED
+
+
+@pytest.mark.parametrize("form", ["{}", "0.0.0.0:{}", "[::]:{}"])
+def test_connect_back(
+    form: str, make_server: MakeServer, proxsmtpd: StartDaemon
+) -> None:
+    """Without an address of its own, the server is where the client came from."""
+    server = make_server(host="127.0.0.7")
+    daemon = proxsmtpd({"OutAddress": form.format(server.port)})
+    client = daemon.connect(source=("127.0.0.7", 0))
+    assert client.message(MESSAGE) == QUEUED
+    assert server.connections[0].closed is False
+
+
+def test_connect_back_over_ipv6(
+    make_server: MakeServer, proxsmtpd: StartDaemon
+) -> None:
+    server = make_server(host="::1")
+    with reserve_port("::1") as holder:
+        listen = f"[::1]:{port_of(holder)}"
+        daemon = proxsmtpd({"OutAddress": server.port, "Listen": listen})
+        assert daemon.connect().message(MESSAGE) == QUEUED
+
+
+def mounted(source: object, target: str) -> list[str]:
+    """The beginning of a command line that runs with `source` mounted on `target`."""
+    script = f'mount --bind "$0" {target} && exec "$@"'
+    return ["unshare", "-m", "sh", "-c", script, str(source)]
+
+
+def can_mount() -> bool:
+    """Whether a process may have a mount namespace of its own."""
+    try:
+        command = [*mounted("/etc/hosts", "/etc/hosts"), "true"]
+        return not subprocess.run(command, check=False, capture_output=True).returncode
+    except FileNotFoundError:
+        return False
+
+
+with_mounts = pytest.mark.skipif(not can_mount(), reason="cannot mount")
+
+
+@with_mounts
+def test_names_are_resolved_anew_and_all_addresses_tried(
+    make_server: MakeServer, proxsmtpd: StartDaemon, tmp_path: Path
+) -> None:
+    server = make_server(host="127.0.0.9")
+    hosts = tmp_path / "hosts"
+    hosts.write_text("127.0.0.8 sink.example\n")
+    daemon = proxsmtpd(
+        {"OutAddress": f"sink.example:{server.port}"},
+        program=[*mounted(hosts, "/etc/hosts"), *program_under_test()],
+    )
+    client = daemon.connect()
+    assert client.reply().startswith(b"421 ")
+    assert client.eof()
+    with hosts.open("a") as more:
+        more.write("::1 sink.example\n127.0.0.9 sink.example\n")
+    assert daemon.connect().message(MESSAGE) == QUEUED
+
+
+# --- As a daemon ---
+
+
+class Detached(NamedTuple):
+    """A proxsmtpd that has become a daemon."""
+
+    pid: int
+    address: str
+    pid_file: Path
+    result: subprocess.CompletedProcess[str]
+
+    def status(self, name: str) -> list[str]:
+        """A line of /proc/PID/status, as words."""
+        text = Path(f"/proc/{self.pid}/status").read_text()
+        line: str = re.findall(rf"^{name}:\s*(.*)$", text, re.M)[0]
+        return line.split()
+
+    def end(self, number: int = signal.SIGTERM) -> None:
+        """End it and wait until it is gone; nobody can wait for its exit status."""
+        os.kill(self.pid, number)
+        assert poll(lambda: not is_alive(self.pid)), "did not end"
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs (a zombie does not)."""
+    try:
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return words[0] != "Z"
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A directory that every user can get at (pytest's own are its user's)."""
+    path = Path(tempfile.mkdtemp(prefix="proxsmtpd-test-"))
+    path.chmod(0o755)
+    (path / "temp").mkdir()
+    (path / "temp").chmod(0o1777)
+    yield path
+    shutil.rmtree(path)
+
+
+Detach = Callable[..., Detached]
+
+
+class DetachedFactory:
+    """Starts daemons as an init script does, without -d."""
+
+    def __init__(self, place: Path, server: ScriptedServer) -> None:
+        self._place, self._server = place, server
+        self._started: list[Detached] = []
+        self._holders: list[socket.socket] = []
+
+    def __call__(
+        self,
+        settings: Mapping[str, object] | None = None,
+        *,
+        program: Sequence[str] = (),
+        **options: Any,
+    ) -> Detached:
+        """A daemon whose first process has succeeded; `options` are for `run`."""
+        values = {**self._defaults(), **(settings or {})}
+        path = self._place / f"{len(self._started)}.conf"
+        path.write_text(settings_text(values))
+        result = subprocess.run(
+            [*program, *program_under_test(), "-f", str(path)],
+            check=False,
+            **{"capture_output": True, "text": True, "timeout": PATIENCE, **options},
+        )
+        assert result.returncode == 0, result.stderr
+        pid_file = Path(str(values["PidFile"]))
+        pid = int(pid_file.read_text())
+        self._started.append(Detached(pid, str(values["Listen"]), pid_file, result))
+        assert is_listening(self._started[-1].address), "does not listen yet"
+        return self._started[-1]
+
+    def _defaults(self) -> Mapping[str, object]:
+        self._holders.append(reserve_port())
+        return {
+            "Listen": f"127.0.0.1:{port_of(self._holders[-1])}",
+            "OutAddress": self._server.address,
+            "TempDirectory": self._place / "temp",
+            "PidFile": self._place / f"{len(self._started)}.pid",
+        }
+
+    def finish(self) -> None:
+        """End all daemons that still live."""
+        for daemon in self._started:
+            if is_alive(daemon.pid):
+                daemon.end()
+        for holder in self._holders:
+            holder.close()
+        assert list((self._place / "temp").iterdir()) == []
+
+
+@pytest.fixture
+def detach(place: Path, server: ScriptedServer) -> Iterator[Detach]:
+    """A factory of daemons: settings in, and what runs afterwards out."""
+    factory = DetachedFactory(place, server)
+    yield factory
+    factory.finish()
+
+
+def send(address: str, data: bytes = MESSAGE) -> bytes:
+    """Send a message to a daemon; returns the reply to its end."""
+    with RawClient(address) as client:
+        reply = client.message(data)
+        client.quit()
+        return reply
+
+
+def test_daemon(detach: Detach) -> None:
+    daemon = detach({"FilterCommand": "cat"}, umask=0o077)
+    assert daemon.result.stdout == ""
+    assert daemon.pid_file.read_text() == f"{daemon.pid}\n"
+    assert stat.S_IMODE(daemon.pid_file.stat().st_mode) == 0o644
+    assert daemon.pid != os.getpid()
+    assert os.getsid(daemon.pid) in (daemon.pid, int(daemon.status("PPid")[0]))
+    assert os.getsid(daemon.pid) != os.getsid(0)
+    assert os.readlink(f"/proc/{daemon.pid}/cwd") == "/"
+    for number in range(3):
+        assert os.readlink(f"/proc/{daemon.pid}/fd/{number}") == "/dev/null"
+    assert send(daemon.address) == QUEUED
+    daemon.end()
+    assert not daemon.pid_file.exists()
+
+
+def test_process_is_called_proxsmtpd(detach: Detach) -> None:
+    daemon = detach()
+    assert Path(f"/proc/{daemon.pid}/comm").read_text() == "proxsmtpd\n"
+
+
+def test_started_without_standard_descriptors(detach: Detach) -> None:
+    """As by an init script that closes them; a socket must not become number 2."""
+
+    def close_all() -> None:
+        for number in range(3):
+            os.close(number)
+
+    daemon = detach(
+        {"FilterCommand": "echo 554 to standard error >&2; exit 1"},
+        preexec_fn=close_all,
+        capture_output=False,
+    )
+    assert send(daemon.address) == b"554 to standard error\r\n"
+
+
+def test_second_start(detach: Detach, place: Path) -> None:
+    """It fails before the parent's eyes and leaves the first one's pid file alone."""
+    daemon = detach()
+    before = daemon.pid_file.stat()
+    result = run("-f", place / "0.conf")
+    assert result.returncode == 1
+    assert daemon.address in result.stderr
+    assert result.stderr.startswith("proxsmtpd: ")
+    assert daemon.pid_file.read_text() == f"{daemon.pid}\n"
+    assert daemon.pid_file.stat().st_ino == before.st_ino
+    assert send(daemon.address) == QUEUED
+
+
+def test_pid_file_that_cannot_be_written(place: Path, server: ScriptedServer) -> None:
+    with reserve_port() as holder:
+        listen = f"127.0.0.1:{port_of(holder)}"
+        path = place / "conf"
+        path.write_text(f"OutAddress: {server.address}\nListen: {listen}\n")
+        result = run("-f", path, "-p", place / "none" / "pid")
+        assert result.returncode == 1
+        assert str(place / "none" / "pid") in result.stderr
+        assert not is_listening(listen)
+
+
+def test_stale_pid_file_is_replaced(detach: Detach, place: Path) -> None:
+    (place / "0.pid").write_text("999999\nand more than that\n")
+    daemon = detach()
+    assert daemon.pid_file.read_text() == f"{daemon.pid}\n"
+
+
+def test_pid_file_of_somebody_else_stays(detach: Detach) -> None:
+    daemon = detach()
+    daemon.pid_file.write_text("1\n")
+    daemon.end()
+    assert daemon.pid_file.read_text() == "1\n"
+
+
+def test_pid_file_in_the_foreground(proxsmtpd: StartDaemon, tmp_path: Path) -> None:
+    """The setting wins over -p, with a warning."""
+    wins, loses = tmp_path / "wins", tmp_path / "loses"
+    daemon = proxsmtpd({"PidFile": wins}, args=["-p", loses], level=1)
+    daemon.wait_log("^proxsmtpd: ignoring pid file specified on the command line")
+    assert wins.read_text() == f"{daemon.process.pid}\n"
+    assert not loses.exists()
+    assert daemon.stop() == 0
+    assert not wins.exists()
+
+
+def test_pid_file_of_the_command_line(proxsmtpd: StartDaemon, tmp_path: Path) -> None:
+    daemon = proxsmtpd(args=["-p", tmp_path / "pid"], level=1)
+    assert (tmp_path / "pid").read_text() == f"{daemon.process.pid}\n"
+    assert daemon.stop(signal.SIGINT) == 0
+    assert not (tmp_path / "pid").exists()
+    assert "ignoring" not in daemon.log()
+
+
+# --- Another user ---
+
+
+def some_user() -> pwd.struct_passwd:
+    """An unprivileged user who probably has no processes."""
+    for name in ("games", "nobody"):
+        try:
+            return pwd.getpwnam(name)
+        except KeyError:
+            continue
+    pytest.skip("no unprivileged user")
+
+
+@as_root
+@pytest.mark.parametrize("by_number", [False, True])
+def test_user(by_number: bool, detach: Detach, place: Path) -> None:
+    user = some_user()
+    name = user.pw_uid if by_number else user.pw_name
+    saved = place / "temp" / "id"
+    command = f"id -u > {saved}; cat"
+    daemon = detach({"User": name, "FilterCommand": command}, extra_groups=[0, 4, 20])
+    assert daemon.status("Uid") == [str(user.pw_uid)] * 4
+    assert daemon.status("Gid") == [str(user.pw_gid)] * 4
+    groups = os.getgrouplist(user.pw_name, user.pw_gid)
+    assert sorted(map(int, daemon.status("Groups"))) == sorted(groups)
+    assert set(daemon.status("CapEff")) == {"0" * 16}
+    assert send(daemon.address) == QUEUED
+    assert saved.read_text() == f"{user.pw_uid}\n"
+    saved.unlink()
+    assert daemon.pid_file.stat().st_uid == 0
+    daemon.end()
+    # The directory is root's, so that the file cannot be removed but emptied.
+    assert daemon.pid_file.read_text() == ""
+
+
+@as_root
+@with_mounts
+def test_user_gets_supplementary_groups(detach: Detach, place: Path) -> None:
+    user = some_user()
+    groups = place / "group"
+    lines = [f"{g.gr_name}:x:{g.gr_gid}:" for g in grp.getgrall()]
+    groups.write_text("\n".join([*lines, f"mailfilter:x:54321:{user.pw_name}"]) + "\n")
+    program = mounted(groups, "/etc/group")
+    daemon = detach({"User": user.pw_name}, program=program)
+    assert sorted(map(int, daemon.status("Groups"))) == [user.pw_gid, 54321]
+
+
+@as_root
+def test_privileged_port(detach: Detach) -> None:
+    """It is bound before privileges are dropped."""
+    user = some_user()
+    with socket.socket() as probe:
+        for port in range(1023, 511, -1):
+            try:
+                probe.bind(("127.0.0.1", port))
+                break
+            except OSError:
+                continue
+    daemon = detach({"Listen": f"127.0.0.1:{port}", "User": user.pw_name})
+    assert send(daemon.address) == QUEUED
+
+
+def test_unknown_user(place: Path, server: ScriptedServer) -> None:
+    with reserve_port() as holder:
+        listen = f"127.0.0.1:{port_of(holder)}"
+        path = place / "conf"
+        path.write_text(
+            f"OutAddress: {server.address}\nListen: {listen}\nUser: no-such-user\n"
+            f"PidFile: {place}/pid\n"
+        )
+        result = run("-f", path)
+        assert result.returncode == 1
+        assert "couldn't look up user: no-such-user" in result.stderr
+        assert not is_listening(listen)
+        assert not (place / "pid").exists()
+
+
+@as_root
+def test_root_is_warned(proxsmtpd: StartDaemon) -> None:
+    daemon = proxsmtpd(level=1)
+    daemon.wait_log("^proxsmtpd: running as root is NOT recommended$")
+
+
+# --- Signals ---
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_ended_by_a_signal(number: int, proxsmtpd: StartDaemon) -> None:
+    """Idle clients are told, whatever they have said before."""
+    daemon = proxsmtpd()
+    fresh, talking = daemon.connect(), daemon.connect()
+    fresh.reply()
+    talking.start()
+    daemon.process.send_signal(number)
+    for client in (fresh, talking):
+        assert re.fullmatch(rb"421 .+\r\n", client.reply())
+        assert client.eof()
+        client.close()
+    assert daemon.wait(3) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGPIPE])
+def test_ignored_signals(number: int, proxsmtpd: StartDaemon) -> None:
+    daemon = proxsmtpd()
+    client = daemon.connect()
+    client.start()
+    for _ in range(3):
+        daemon.process.send_signal(number)
+        client.expect(b"NOOP", b"250")
+    assert client.message(MESSAGE) == QUEUED
+    assert daemon.connect().reply() == b"220 smtp.passthru\r\n"
+
+
+@pytest.mark.parametrize("command", ["cat", None], ids=["filtered", "streamed"])
+def test_message_under_way_may_finish(
+    command: str | None, proxsmtpd: StartDaemon, server: ScriptedServer
+) -> None:
+    daemon = proxsmtpd({"FilterCommand": command} if command else {})
+    client = daemon.connect()
+    client.start()
+    client.expect(b"DATA", b"354")
+    client.send(b"Subject: te")
+    daemon.process.send_signal(signal.SIGTERM)
+    assert poll(lambda: not is_listening(daemon.address))
+    client.send(b"st\r\n\r\nHello\r\n")
+    assert client.command(b".") == QUEUED
+    assert re.fullmatch(rb"421 .+\r\n", client.reply())
+    assert client.eof()
+    client.close()
+    assert daemon.wait(3) == 0
+    assert server.wait_message().data == MESSAGE
+
+
+def test_second_signal_ends_at_once(
+    proxsmtpd: StartDaemon, server: ScriptedServer
+) -> None:
+    daemon = proxsmtpd()
+    client = daemon.connect()
+    client.start()
+    client.expect(b"DATA", b"354")
+    client.send(b"Subject: te")
+    daemon.process.send_signal(signal.SIGTERM)
+    assert poll(lambda: not is_listening(daemon.address))
+    daemon.process.send_signal(signal.SIGTERM)
+    assert daemon.wait(2) == 0
+    server.wait_for(lambda: server.connections[0].closed)
+    assert server.messages == []
+
+
+# --- Too much ---
+
+
+def test_max_connections(proxsmtpd: StartDaemon) -> None:
+    daemon = proxsmtpd({"MaxConnections": 1})
+    first = daemon.connect()
+    first.reply()
+    for _ in range(3):
+        late = daemon.connect()
+        assert late.reply() == BUSY
+        assert late.eof()
+    first.quit()
+    assert poll(lambda: daemon.connect().reply() == b"220 smtp.passthru\r\n")
+
+
+def test_max_connections_is_64(proxsmtpd: StartDaemon) -> None:
+    daemon = proxsmtpd(level=1)
+    clients = [daemon.connect() for _ in range(65)]
+    greetings = [client.reply() for client in clients]
+    assert greetings == [b"220 smtp.passthru\r\n"] * 64 + [BUSY]
+
+
+def test_long_queue(proxsmtpd: StartDaemon) -> None:
+    """Clients that come while the daemon cannot run are not dropped."""
+    daemon = proxsmtpd({"MaxConnections": 2}, level=1)
+    daemon.process.send_signal(signal.SIGSTOP)
+    clients = [daemon.connect() for _ in range(200)]
+    daemon.process.send_signal(signal.SIGCONT)
+    greetings = [client.reply() for client in clients]
+    assert greetings == [b"220 smtp.passthru\r\n"] * 2 + [BUSY] * 198
+
+
+def cpu_seconds(daemon: Daemon) -> float:
+    """The processor time that a process has used until now."""
+    text = Path(f"/proc/{daemon.process.pid}/stat").read_text()
+    words = text.rpartition(")")[2].split()
+    return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def limited(what: int, number: int) -> Callable[[], None]:
+    """What sets a limit of a process before it is started."""
+    return lambda: resource.setrlimit(what, (number, number))
+
+
+def test_no_descriptors_left(proxsmtpd: StartDaemon) -> None:
+    """Whoever cannot be served is refused or waits; the daemon lives and sleeps."""
+    daemon = proxsmtpd(
+        {"MaxConnections": 500},
+        level=1,
+        preexec_fn=limited(resource.RLIMIT_NOFILE, 48),
+    )
+    served = daemon.connect()
+    assert served.reply() == b"220 smtp.passthru\r\n"
+    for _ in range(4):  # Threads race for the last descriptor: not one storm alone.
+        clients = [daemon.connect() for _ in range(80)]
+        served.expect(b"NOOP", b"250")
+        before = cpu_seconds(daemon)
+        time.sleep(0.4)  # The span in which it must not spin.
+        assert cpu_seconds(daemon) - before < 0.2
+        answers = [received(client) for client in clients]
+        assert {answer[:4] for answer in answers} <= {b"220 ", b"421 ", b""}
+        assert any(not answer.startswith(b"220 ") for answer in answers)
+        for client in clients:
+            client.close()
+        assert poll(lambda: greeted(daemon.address))
+    served.envelope()
+    assert served.message(MESSAGE) == QUEUED
+
+
+def received(client: RawClient) -> bytes:
+    """What a client has received until now."""
+    client.sock.setblocking(False)
+    try:
+        return client.sock.recv(4096)
+    except (BlockingIOError, ConnectionResetError):
+        return b""
+
+
+@as_root
+def test_no_threads_left(detach: Detach) -> None:
+    user = some_user()
+    daemon = detach(
+        {"User": user.pw_name}, preexec_fn=limited(resource.RLIMIT_NPROC, 6)
+    )
+    clients = [RawClient(daemon.address) for _ in range(12)]
+    greetings = [client.reply() for client in clients]
+    assert greetings[0] == b"220 smtp.passthru\r\n"
+    assert re.fullmatch(rb"421 .+\r\n", greetings[-1])
+    for client in clients:
+        client.close()
+    assert poll(lambda: greeted(daemon.address))
+
+
+def test_idle_connections_cost_nothing(proxsmtpd: StartDaemon) -> None:
+    daemon = proxsmtpd({"KeepAlives": 1}, level=1)
+    clients = [daemon.connect() for _ in range(20)]
+    for client in clients:
+        client.start()
+    before = cpu_seconds(daemon)
+    time.sleep(0.5)  # The span that is measured.
+    assert cpu_seconds(daemon) - before <= 0.05
+
+
+# --- The log ---
+
+
+def test_lines_begin_with_the_name(proxsmtpd: StartDaemon) -> None:
+    daemon = proxsmtpd({"FilterCommand": "cat"})
+    client = daemon.connect()
+    client.message(MESSAGE)
+    client.quit()
+    assert daemon.stop() == 0
+    assert all(line.startswith("proxsmtpd: ") for line in daemon.log().splitlines())
+
+
+@pytest.mark.parametrize(
+    ("level", "shown", "hidden"),
+    [
+        (0, None, "."),
+        (3, r"^proxsmtpd: [0-9A-F]{6}: client=127\.0\.0\.1, ", "CLIENT [<>]"),
+        (4, "^proxsmtpd: [0-9A-F]{6}: CLIENT < RCPT TO:<b@example.com>$", None),
+        (4, "^proxsmtpd: [0-9A-F]{6}: SERVER > RCPT TO:<b@example.com>$", None),
+        (4, "^proxsmtpd: [0-9A-F]{6}: SERVER < 250 2.1.5 Ok$", None),
+        (4, "^proxsmtpd: [0-9A-F]{6}: CLIENT > 250 2.1.5 Ok$", None),
+    ],
+)
+def test_levels(
+    level: int, shown: str | None, hidden: str | None, proxsmtpd: StartDaemon
+) -> None:
+    daemon = proxsmtpd({"FilterCommand": "cat"}, level=level)
+    client = daemon.connect()
+    client.message(MESSAGE)
+    client.quit()
+    assert daemon.stop() == 0
+    if shown:
+        assert re.search(shown, daemon.log(), re.M)
+    if hidden:
+        assert not re.search(hidden, daemon.log(), re.M)
+
+
+def test_no_filter_is_said_once(proxsmtpd: StartDaemon) -> None:
+    daemon = proxsmtpd()
+    client = daemon.connect()
+    client.message(MESSAGE)
+    client.envelope()
+    client.message(MESSAGE)
+    client.quit()
+    daemon.stop()
+    assert daemon.log().count("no filter command specified") == 1
+
+
+@as_root
+@with_mounts
+def test_syslog(detach: Detach, place: Path) -> None:
+    """As a daemon: facility mail, ident proxsmtpd, and everything but debug."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as log:
+        log.settimeout(PATIENCE)
+        program = mounted(fake_devices(place, log), "/dev")
+        daemon = detach({"FilterCommand": "cat"}, program=program)
+        assert send(daemon.address) == QUEUED
+        records: list[bytes] = []
+        while not records or b"status=FILTERED" not in records[-1]:
+            records.append(log.recv(65536))
+        daemon.end()
+    form = rb"<(\d+)>[A-Z][a-z]{2} [ \d]\d \d\d:\d\d:\d\d proxsmtpd(\[\d+\])?: .*"
+    found = [re.fullmatch(form, record.rstrip(b"\0\n")) for record in records]
+    assert all(found), records
+    priorities = [int(match[1]) for match in found if match]
+    assert {priority >> 3 for priority in priorities} == {2}
+    assert max(priority & 7 for priority in priorities) < 7
+    assert any(b": client=127.0.0.1, from=a@example.com" in r for r in records)
+
+
+def fake_devices(place: Path, log: socket.socket) -> Path:
+    """A directory for /dev, in which `log` is the system's log."""
+    devices = place / "dev"
+    devices.mkdir()
+    for name in ("null", "zero", "random", "urandom", "tty"):
+        real = os.stat(f"/dev/{name}")
+        os.mknod(devices / name, real.st_mode, real.st_rdev)
+    (devices / "fd").symlink_to("/proc/self/fd")
+    log.bind(str(devices / "log"))
+    return devices
