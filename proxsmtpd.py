@@ -1930,19 +1930,28 @@ def connect(
         left = (deadline - time.monotonic()) / (len(targets) - number)
         if left <= 0:
             break
-        sock = socket.socket(family, socket.SOCK_STREAM)
         try:
-            sock.settimeout(left)
-            if source:
-                be_transparent(sock)
-                sock.bind((source, 0))
-            sock.connect(sockaddr)
+            return _connect_one(family, sockaddr, left, source), sockaddr
         except OSError as error:
             failure = error
-            sock.close()
-        else:
-            return sock, sockaddr
     raise failure
+
+
+def _connect_one(
+    family: int, sockaddr: Any, timeout: float, source: str
+) -> socket.socket:
+    # The name may have addresses of a family that this system does not have.
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(timeout)
+        if source:
+            be_transparent(sock)
+            sock.bind((source, 0))
+        sock.connect(sockaddr)
+    except OSError:
+        sock.close()
+        raise
+    return sock
 
 
 # ---------------------------------------------------------------------------
@@ -3612,8 +3621,11 @@ class Server(socketserver.ThreadingTCPServer):
         self._is_exhausted = False  # and the log has said so
         listen = self._config.listen
         try:
-            host = listen.host or "0.0.0.0"
-            self.address_family, sockaddr = resolve(listen, host)[0]
+            targets = resolve(listen, listen.host or "0.0.0.0")
+            # A name's IPv4 address first: the original knew of no other.
+            self.address_family, sockaddr = min(
+                targets, key=lambda target: target[0] != socket.AF_INET
+            )
             super().__init__(sockaddr, socketserver.BaseRequestHandler)
         except OSError as error:
             text = f"couldn't bind to address: {shown(listen.text)}: {reason(error)}"

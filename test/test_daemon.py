@@ -32,6 +32,7 @@ from conftest import (
     reserve_port,
     settings_text,
 )
+from proxsmtpd import connect
 from smtp import RawClient, ScriptedServer
 
 MESSAGE = b"Subject: test\r\n\r\nHello\r\n"
@@ -436,6 +437,38 @@ def test_names_are_resolved_anew_and_all_addresses_tried(
     with hosts.open("a") as more:
         more.write("::1 sink.example\n127.0.0.9 sink.example\n")
     assert daemon.connect().message(MESSAGE) == QUEUED
+
+
+def test_address_family_that_the_system_lacks(server: ScriptedServer) -> None:
+    """A name may have such an address all the same: the next one is tried."""
+    absent = 255, ("", 0)
+    present = socket.AF_INET, ("127.0.0.1", server.port)
+    sock, sockaddr = connect([absent, present], PATIENCE)
+    with sock:
+        assert sockaddr == present[1]
+    with pytest.raises(OSError, match="not supported"):
+        connect([absent], PATIENCE)
+
+
+IPV6_ONLY = "::1 here.example\n"
+BOTH = IPV6_ONLY + "127.0.0.9 here.example\n"
+
+
+@with_mounts
+@pytest.mark.parametrize(("hosts", "host"), [(IPV6_ONLY, "::1"), (BOTH, "127.0.0.9")])
+def test_listen_on_a_name_of_both_families(
+    hosts: str, host: str, proxsmtpd: StartDaemon, tmp_path: Path
+) -> None:
+    """Its IPv4 address is what the original listened on."""
+    file = tmp_path / "hosts"
+    file.write_text(hosts)
+    with reserve_port(host) as holder:
+        port = port_of(holder)
+        proxsmtpd(
+            {"Listen": f"here.example:{port}"},
+            program=[*mounted(file, "/etc/hosts"), *program_under_test()],
+        )
+        assert greeted(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
 
 
 # --- As a daemon ---
