@@ -2264,9 +2264,17 @@ class ExitWatch:
             self.descriptor = os.pidfd_open(self._pid)
         except (AttributeError, OSError):
             # Not Linux, or a kernel before 5.3: a thread waits and tells.
-            self.descriptor, told = os.pipe()
-            self._waiter = threading.Thread(target=self._wait_and_tell, args=(told,))
-            self._waiter.start()
+            self._start_waiter()
+
+    def _start_waiter(self) -> None:
+        with contextlib.ExitStack() as opened:
+            heard, told = os.pipe()
+            opened.callback(os.close, heard)
+            opened.callback(os.close, told)
+            waiter = threading.Thread(target=self._wait_and_tell, args=(told,))
+            waiter.start()
+            opened.pop_all()
+        self.descriptor, self._waiter = heard, waiter
 
     def _wait_and_tell(self, told: int) -> None:
         self._exit_status = peek_exit_status(self._pid)
@@ -2535,13 +2543,14 @@ class FilterProcess:
 
     def _terminate(self) -> None:
         """End the whole group: SIGTERM, and SIGKILL for what is still there."""
-        if not self._ended:
-            self._log.warning(f"killing filter process (pid {self._pid})")
-        self.send_signal(signal.SIGTERM)
-        self.send_signal(signal.SIGCONT)  # a stopped process hears nothing else
         try:
+            if not self._ended:
+                self._log.warning(f"killing filter process (pid {self._pid})")
+            self.send_signal(signal.SIGTERM)
+            self.send_signal(signal.SIGCONT)  # a stopped process hears nothing else
             self._await_silence(KILL_GRACE)
         finally:
+            # Also where somebody interrupts a rehearsal for the second time.
             self.send_signal(signal.SIGKILL)
             self._reap()
 
@@ -3867,10 +3876,7 @@ class Rehearsal:
         except KeyboardInterrupt:
             return 2
         except OSError as error:
-            if error.errno != errno.EPIPE:  # whoever reads this has seen enough
-                self._log.error(f"couldn't write to standard output: {reason(error)}")
-            # What is still held back must not fail once more.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            give_up_output(error, self._log)
             return 2
         if self._counts["broken"]:
             return 2
@@ -4327,10 +4333,10 @@ def main(arguments: Sequence[str]) -> int:
         for text in error.args:
             print(text if text == USAGE else f"{NAME}: {text}", file=sys.stderr)
         return 2
-    if options.version:
-        print(f"{NAME} (version {VERSION})\n          (config: {CONFIG_FILE})")
-        return 0
     log = make_log(options)
+    if options.version:
+        text = f"{NAME} (version {VERSION})\n          (config: {CONFIG_FILE})"
+        return say(text, log)
     try:
         config = load_config(options.config_file, log)
         if config is None:
@@ -4348,7 +4354,7 @@ def make_log(options: Options) -> Log:
     """The log for the start; a daemon leaves standard error later."""
     if options.debug_level is not None:
         return Log(options.debug_level, to_standard_error)
-    if options.check:
+    if options.check or options.version:
         return Log(WARNING, to_standard_error)
     syslog.openlog(NAME, 0, syslog.LOG_MAIL)
     return Log(INFO, to_standard_error, to_syslog)
@@ -4383,8 +4389,25 @@ def check(config: Config, log: Log) -> int:
     found += server_warnings(config)
     for text in found:
         log.warning(text)
-    print("configuration is OK")
+    return say("configuration is OK", log)
+
+
+def say(text: str, log: Log) -> int:
+    """Print the one thing that was asked for; returns the exit status."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        give_up_output(error, log)
+        return 1
     return 0
+
+
+def give_up_output(error: OSError, log: Log) -> None:
+    """Say why nothing more can be printed, unless the reader has seen enough."""
+    if error.errno != errno.EPIPE:
+        log.error(f"couldn't write to standard output: {reason(error)}")
+    # What is still held back must not fail once more.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run(config: Config, options: Options, log: Log) -> int:
@@ -4532,9 +4555,10 @@ class ServiceManager:
     def tell(self, state: bytes) -> None:
         """Send a state; one that nobody takes is nobody's loss."""
         if self._path:
-            with contextlib.suppress(OSError), socket.socket(
-                socket.AF_UNIX, socket.SOCK_DGRAM
-            ) as sock:
+            with (
+                contextlib.suppress(OSError),
+                socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock,
+            ):
                 sock.settimeout(NOTIFY_SECONDS)
                 sock.sendto(state, self._path)
 

@@ -100,6 +100,22 @@ def test_version() -> None:
     assert re.fullmatch(lines, result.stdout)
 
 
+@pytest.mark.parametrize("path", ["/dev/full", "/dev/null"])
+def test_version_is_written_or_that_it_is_not_is_said(path: str) -> None:
+    with open(path, "wb") as output:
+        result = subprocess.run(
+            [*program_under_test(), "-v"],
+            check=False,
+            stdout=output,
+            stderr=subprocess.PIPE,
+            timeout=PATIENCE,
+        )
+    full = b"proxsmtpd: couldn't write to standard output: No space left on device\n"
+    assert (result.returncode, result.stderr) == (
+        (1, full) if path == "/dev/full" else (0, b"")
+    )
+
+
 def test_check(config: Callable[[str], Path], server: ScriptedServer) -> None:
     """An address that is in use is no fault: the daemon itself may be there."""
     text = f"OutAddress: 25\nListen: {server.address}\nFilterCommand: cat\n"

@@ -258,9 +258,7 @@ def test_client_does_not_inherit_the_name_of_the_proxy(
 # --- Servers that do not want to hear it ---
 
 
-@pytest.mark.parametrize(
-    "hello", [b"EHLO", b"HELO"], ids=bytes.decode
-)
+@pytest.mark.parametrize("hello", [b"EHLO", b"HELO"], ids=bytes.decode)
 def test_server_that_does_not_authorise_us(
     servers: Servers, proxsmtpd: StartDaemon, hello: bytes
 ) -> None:
@@ -353,9 +351,7 @@ def test_restriction_at_xclient(
     )
 
 
-@pytest.mark.parametrize(
-    "source", ["127.0.0.66", "127.0.0.67"]
-)
+@pytest.mark.parametrize("source", ["127.0.0.66", "127.0.0.67"])
 def test_refusal_lasts(servers: Servers, proxsmtpd: StartDaemon, source: str) -> None:
     """A client that tries HELO when EHLO was refused must not take 4xx for 5xx.
 
