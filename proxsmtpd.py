@@ -31,6 +31,7 @@ import _thread
 import contextlib
 import errno
 import fcntl
+import functools
 import getopt
 import io
 import itertools
@@ -1668,12 +1669,28 @@ _AGAIN = (errno.EAGAIN, errno.EWOULDBLOCK)
 _HUNG_UP = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)
 
 
+# struct timeval by its size; on 32 bits a time has 32 or, since 2038 is near, 64.
+_TIMEVALS = {
+    8: struct.Struct("=ii"),
+    12: struct.Struct("=qi"),
+    16: struct.Struct("=qq"),
+}
+
+
+@functools.cache
+def _timeval() -> struct.Struct:
+    """This system's struct timeval, which Python does not tell of."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        value = probe.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 32)
+    return _TIMEVALS[len(value)]
+
+
 def set_timeout(sock: socket.socket, option: int, seconds: float) -> None:
     """Set SO_RCVTIMEO or SO_SNDTIMEO, by which one system call does the work of
     two: a Python timeout asks poll before each."""
     whole = int(seconds)
     microseconds = int((seconds - whole) * 1_000_000)
-    sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", whole, microseconds))
+    sock.setsockopt(socket.SOL_SOCKET, option, _timeval().pack(whole, microseconds))
 
 
 class Channel:
