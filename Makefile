@@ -71,7 +71,8 @@ $(VENV)/bin/ruff: $(VENV)/bin/python
 
 # The program's first line names the interpreter itself: with env(1) the process
 # would be called python3, and pgrep -x and killproc would miss it. -IS keeps the
-# environment's PYTHON variables and site-packages out of a mail daemon.
+# environment's PYTHON variables and site-packages out of a mail daemon.  man(1)
+# prefers compressed pages, which the original's would be.
 install:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 9) and \
 	sys.executable + " is older than Python 3.9: set PYTHON")'
@@ -81,6 +82,7 @@ install:
 	python=$$($(PYTHON) -c 'import sys; print(sys.executable)') && \
 	sed -e "1s|.*|#!$$python -IS|" $(SET_PATHS) proxsmtpd.py >'$(PROGRAM_PATH)'
 	chmod 755 '$(PROGRAM_PATH)'
+	rm -f '$(MAN8_PATH).gz' '$(MAN5_PATH).gz'
 	sed $(SET_PATHS) proxsmtpd.8 >'$(MAN8_PATH)'
 	sed $(SET_PATHS) proxsmtpd.conf.5 >'$(MAN5_PATH)'
 	sed $(SET_PATHS) proxsmtpd.conf.sample >'$(CONFIG_PATH).sample'

@@ -106,10 +106,12 @@ STACK_SIZE = 512 * 1024
 LIVELY = 0.05  # seconds in which a client in full swing sends its next octets
 LINGER = 2.0  # seconds for a client to read our last word
 LINGER_OCTETS = 16 * 1024 * 1024
-# Seconds for messages under way when the daemon ends, and then for the filters:
-# less than the 5 after which Debian's init script kills us, and not the filters.
+# Seconds for messages under way when the daemon ends, then for their filters after
+# SIGTERM, then for the sessions to say so after SIGKILL: together less than the 5
+# after which Debian's init script kills us, and not the filters.
 DATA_GRACE = 3.5
 FILTER_GRACE = 1.0
+LAST_GRACE = 0.3
 TIMES_KEPT = 1000  # of the last messages, for the statistics
 KILL_GRACE = 2.0  # seconds between SIGTERM and SIGKILL
 PROCESSOR_CHECK = 1.0  # seconds between looks at who else uses our processor
@@ -3804,6 +3806,7 @@ class Server(socketserver.ThreadingTCPServer):
         self._shared.filters.end_all(signal.SIGTERM)
         self._await_sessions(FILTER_GRACE)
         self._shared.filters.end_all(signal.SIGKILL)
+        self._await_sessions(LAST_GRACE)
 
     def _await_sessions(self, seconds: float) -> None:
         """Wait until no session is left, a second signal comes, or time is over."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import shlex
 import signal
 import socket
@@ -142,6 +143,7 @@ class Daemon:
         self.config, self.address, self.tempdir = config, address, tempdir
         self.mark = uuid.uuid4().hex
         self._log = ""
+        self._unfinished = b""  # a line of the log
         self._clients: list[RawClient] = []
         self._changed = threading.Condition()
         self._stopped = False
@@ -153,6 +155,9 @@ class Daemon:
             stderr=subprocess.PIPE,
             **options,
         )
+        assert self.process.stderr is not None
+        self._stderr = self.process.stderr
+        os.set_blocking(self._stderr.fileno(), False)
         self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._reader.start()
 
@@ -162,8 +167,12 @@ class Daemon:
         return int(self.address.rpartition(":")[2])
 
     def log(self) -> str:
-        """All that it has written to standard error until now."""
+        """All that it has written to standard error until now.
+
+        What it wrote before it gave a reply is in it once the reply is here.
+        """
         with self._changed:
+            self._take_log()
             return self._log
 
     def wait_log(self, pattern: str, timeout: float = PATIENCE) -> re.Match[str]:
@@ -240,12 +249,29 @@ class Daemon:
         return [f"it left the process {pid} ({name})" for pid, name in left.items()]
 
     def _read_log(self) -> None:
-        assert self.process.stderr is not None
-        with self.process.stderr as stream:
-            for line in stream:
-                with self._changed:
-                    self._log += line.decode("utf-8", "backslashreplace")
-                    self._changed.notify_all()
+        poller = select.poll()
+        poller.register(self._stderr, select.POLLIN)
+        more = True
+        while more:
+            poller.poll()
+            with self._changed:
+                more = self._take_log()
+                self._changed.notify_all()
+
+    def _take_log(self) -> bool:
+        """Take what there is of the log; False at its end."""
+        if self._stderr.closed:
+            return False
+        try:
+            while octets := os.read(self._stderr.fileno(), 1 << 20):
+                whole, newline, self._unfinished = (
+                    self._unfinished + octets
+                ).rpartition(b"\n")
+                self._log += (whole + newline).decode("utf-8", "backslashreplace")
+        except BlockingIOError:
+            return True
+        self._stderr.close()
+        return False
 
 
 def settings_text(settings: Settings) -> str:

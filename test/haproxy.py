@@ -24,6 +24,7 @@ LISTEN = """\
 listen smtp
     bind :25
     mode tcp
+    log global
     option tcplog
     balance leastconn
     option redispatch 1

@@ -256,27 +256,44 @@ def test_virus_filter_of_the_manual(
     assert run_script(script, tmp_path, PATH=path, EMAIL="message") == verdict
 
 
-def attachment(name: str) -> str:
-    """A message with an attachment of this name."""
+def attachment(parameters: str, kind: str = "application/octet-stream") -> str:
+    """A message with an attachment whose Content-Disposition has these parameters."""
     return (
         "Subject: x\r\nMIME-Version: 1.0\r\nContent-Type: multipart/mixed; "
-        'boundary="b"\r\n\r\n--b\r\nContent-Type: application/octet-stream\r\n'
-        f'Content-Disposition: attachment; filename="{name}"\r\n\r\nx\r\n--b--\r\n'
+        f'boundary="b"\r\n\r\n--b\r\nContent-Type: {kind}\r\n'
+        f"Content-Disposition: attachment; {parameters}\r\n\r\nx\r\n--b--\r\n"
     )
 
 
-@pytest.mark.parametrize("name", ["letter.pdf", "exe", "caf\u00e9.txt"])
+@pytest.mark.parametrize("name", ["letter.pdf", "exe", "caf\u00e9.txt", "exe.", ""])
 def test_attachment_filter_of_the_manual_passes(name: str, tmp_path: Path) -> None:
     script = script_with("proxsmtpd.8", "FORBIDDEN")
-    message = attachment(name)
+    message = attachment(f'filename="{name}"')
     assert run_script(script, tmp_path, message=message) == (0, message.encode(), b"")
 
 
-@pytest.mark.parametrize("name", ["a.exe", "A.VBS", "caf\u00e9.js"])
-def test_attachment_filter_of_the_manual_refuses(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "message",
+    [
+        *(attachment(f'filename="{n}"') for n in ("a.exe", "A.VBS", "caf\u00e9.js")),
+        attachment('filename="evil.exe. ."'),
+        attachment('filename="=?utf-8?Q?evil=2Eexe?="'),
+        attachment('filename="=?utf-8?B?ZXZpbC5leGU=?="'),
+        attachment("filename*=utf-8''evil%2Eexe"),
+        attachment('filename*0="evil."; filename*1="exe"'),
+        attachment('filename="a.txt"', 'application/x; name="evil.exe"'),
+        attachment(
+            'filename="a.txt"\r\nContent-Disposition: attachment; filename="evil.exe"'
+        ),
+    ],
+)
+def test_attachment_filter_of_the_manual_refuses(message: str, tmp_path: Path) -> None:
     script = script_with("proxsmtpd.8", "FORBIDDEN")
     refusal = b"550 5.7.1 Programs are not accepted by mail\n"
-    assert run_script(script, tmp_path, message=attachment(name)) == (1, b"", refusal)
+    assert run_script(script, tmp_path, message=message) == (1, b"", refusal)
+
+
+UNWANTED = "/usr/local/etc/unwanted"
 
 
 @pytest.mark.parametrize(
@@ -294,10 +311,16 @@ def test_dropping_filter_of_the_manual(
 ) -> None:
     unwanted = tmp_path / "unwanted"
     unwanted.write_text("ads@example.com\n")
-    script = script_with("proxsmtpd.8", "/etc/mail/unwanted").replace(
-        "/etc/mail/unwanted", str(unwanted)
-    )
+    script = script_with("proxsmtpd.8", UNWANTED).replace(UNWANTED, str(unwanted))
     assert run_script(script, tmp_path, SENDER=sender) == verdict
+
+
+def test_dropping_filter_of_the_manual_without_its_list(tmp_path: Path) -> None:
+    """Mail waits, and does not pass, until there is one."""
+    script = script_with("proxsmtpd.8", UNWANTED).replace(UNWANTED, "/nowhere/list")
+    status, output, errors = run_script(script, tmp_path, SENDER="ads@example.com")
+    assert (status, output) == (1, b"")
+    assert errors.endswith(b"451 4.3.0 The list of senders cannot be read\n")
 
 
 @pytest.mark.parametrize(
@@ -569,9 +592,16 @@ def test_manual_quotes_the_replies_of_the_verdict(reply: bytes) -> None:
     assert reply.decode() in rendered(section("proxsmtpd.8", "Verdict"))
 
 
-def test_manual_quotes_the_reply_to_too_many_clients() -> None:
-    text = rendered(section("proxsmtpd.conf.5", "SETTINGS"))
-    assert program.BUSY.decode() in text
+def replies_of_the_program() -> list[str]:
+    """All the replies that stand at the top of the module."""
+    texts = (value for name, value in vars(program).items() if name.isupper())
+    lines = (program.to_text(t) if isinstance(t, bytes) else str(t) for t in texts)
+    return sorted(line for line in lines if re.fullmatch(r"[2-5]\d\d .+", line))
+
+
+def test_manual_has_each_reply_of_the_program() -> None:
+    entries = re.findall(r"^\.It (.*)", section("proxsmtpd.8", "REPLIES"), re.M)
+    assert sorted(e.replace(r"\&", "") for e in entries) == replies_of_the_program()
 
 
 def test_manual_names_each_removed_service_extension() -> None:

@@ -997,6 +997,25 @@ def accepts(daemon: Daemon) -> bool:
     return True
 
 
+def test_stubborn_filter_at_the_daemons_end(
+    proxsmtpd: StartDaemon, server: ScriptedServer, tmp_path: Path
+) -> None:
+    """Whose filter has to be killed is told, and the log has its line."""
+    pids = tmp_path / "pids"
+    os.mkfifo(pids)
+    command = f"trap '' TERM; sleep 60 & echo $$ $! > {pids}; wait"
+    daemon = proxsmtpd({"FilterCommand": command})
+    client = start_message(daemon)
+    running = [int(pid) for pid in pids.read_text().split()]
+    daemon.process.send_signal(signal.SIGTERM)
+    assert client.reply() == LOCAL_ERROR
+    client.close()
+    assert daemon.wait() == 0
+    assert status_of(daemon) == "FILTER-ERROR"
+    assert not any(map(alive, running))
+    assert server.messages == []
+
+
 @pytest.mark.parametrize("signals", [1, 2])
 def test_filter_is_ended_with_the_daemon(
     signals: int, proxsmtpd: StartDaemon, server: ScriptedServer, tmp_path: Path

@@ -213,8 +213,8 @@ def test_observed_failure(
     client.envelope(b"<term@example.com>")
     assert client.message(stuffed(LONG)) == QUEUED
     assert [m.data for m in server.messages] == [with_field(SHORT), with_field(LONG)]
-    found = re.findall(r"status=OBSERVED: FILTER-ERROR\b", daemon.log())
-    assert len(found) == 2
+    daemon.wait_log(r"from=term@.* status=OBSERVED: FILTER-ERROR$")
+    assert len(re.findall(r"status=OBSERVED: FILTER-ERROR\b", daemon.log())) == 2
     assert len(errors(daemon, NOT_RUN)) == 1
     assert len(errors(daemon, TERMINATED)) == 1
 
