@@ -36,11 +36,13 @@ import getopt
 import io
 import itertools
 import math
+import mmap
 import os
 import pwd
 import re
 import resource
 import select
+import shutil
 import signal
 import socket
 import socketserver
@@ -51,6 +53,7 @@ import syslog
 import termios
 import threading
 import time
+import traceback
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -83,7 +86,11 @@ COMMAND_LIMIT = 12288
 # not bounded there; nobody says this much in answer to one command.
 REPLY_LIMIT = 256 * 1024
 REPLY_LINE_LIMIT = 512
+REPLY_SHOWN = 1024  # octets of a reply in the log
+# What syslog daemons take: rsyslog's default is 8 KiB, with what stands before.
+LOG_LINE_LIMIT = 8000
 XCLIENT_LIMIT = 512
+XCLIENT_VALUE_LIMIT = 255  # octets of an attribute's value that Postfix takes
 PROXY_1_LIMIT = 107  # octets with the CRLF, says the protocol
 PROXY_2_LIMIT = 4096  # it may have 64 KiB of fields, but none that says so much
 
@@ -99,11 +106,13 @@ PIPE_BLOCK = 64 * 1024  # a pipe's usual capacity
 LINE_KEPT = 1024  # of a line of the filter's standard error
 
 LISTEN_QUEUE = 1024
-CHECK_SECONDS = 3.0  # for each of -t's steps at the server
+CHECK_SECONDS = 3.0  # for -t to connect to the server, and then for its words
 NOTIFY_SECONDS = 1.0  # for a service manager that is busy
 FOR_EVER = 2_000_000  # seconds, 23 days
 STACK_SIZE = 512 * 1024
+MEMORY_MARGIN = 4 * 1024 * 1024  # octets that must be free for one more session
 LIVELY = 0.05  # seconds in which a client in full swing sends its next octets
+HOLD = 0.5  # seconds of the server's for which replies to pipelined commands wait
 LINGER = 2.0  # seconds for a client to read our last word
 LINGER_OCTETS = 16 * 1024 * 1024
 # Seconds for messages under way when the daemon ends, then for their filters after
@@ -114,11 +123,14 @@ FILTER_GRACE = 1.0
 LAST_GRACE = 0.3
 TIMES_KEPT = 1000  # of the last messages, for the statistics
 KILL_GRACE = 2.0  # seconds between SIGTERM and SIGKILL
+GROUP_CHECK = 0.05  # seconds between looks at what is left of a process group
 PROCESSOR_CHECK = 1.0  # seconds between looks at who else uses our processor
 PROCESSOR_SHARE = 0.2  # of it that others must use more than of another to move us
 ACCEPT_PAUSE = 0.2  # seconds without accepting when the system is exhausted
 DESCRIPTORS_APART = 32  # descriptors of the process that no connection has
 DESCRIPTORS_EACH = 10  # descriptors that a connection with a filter has
+MACOS_DESCRIPTORS = 10240  # OPEN_MAX, the most that macOS takes as a limit
+MOST_INHERITED = 65536  # descriptors that are looked for where none are listed
 
 # Service extensions that a proxy for commands and mail data cannot carry: they
 # hide the dialogue, bring mail data by other ways than DATA, or change whom
@@ -332,6 +344,7 @@ def _split_host(text: str) -> tuple[str, Optional[str]]:
 
 
 def _port(text: str) -> int:
+    text = text.strip(" \t")
     if not text.isascii() or not text.isdigit() or not 0 < int(text) < 65536:
         raise ValueError(text)
     return int(text)
@@ -665,7 +678,8 @@ def xclient_command(
 
     `offered` are the attributes that the server listed; ADDR goes without
     saying.  `hello` is the client's HELO or EHLO, if there was one.  HELO is left
-    out where it would make the line longer than a command may be.
+    out where it, or the line with it, would be too long: what a client calls itself
+    must not keep its address from the server.
     """
     values = {
         b"NAME": b"[UNAVAILABLE]",
@@ -679,7 +693,8 @@ def xclient_command(
     line = b"XCLIENT ADDR=" + xclient_address(client.host)
     for name, value in values.items():
         attribute = b" " + name + b"=" + value
-        if name in offered and len(line) + len(attribute) + 2 <= XCLIENT_LIMIT:
+        fits = len(line) + len(attribute) + 2 <= XCLIENT_LIMIT
+        if name in offered and fits and len(value) <= XCLIENT_VALUE_LIMIT:
             line += attribute
     return line
 
@@ -723,8 +738,8 @@ class Reply(bytes):
 
     @property
     def text(self) -> str:
-        """All of it on one line, for the log."""
-        return " ".join(printable(line) for line in self.lines)
+        """All of it on one line, for the log, but for what nobody could read."""
+        return " ".join(map(printable, self[:REPLY_SHOWN].split(b"\r\n"))).rstrip(" ")
 
 
 class ReplyBuffer:
@@ -1181,13 +1196,24 @@ class Envelope:
         if b"HELO" in attributes:
             self.remote_helo = attributes[b"HELO"]
 
-    def describe(self, client: str, status: str) -> str:
-        """The log line of a message."""
+    def describe(self, client: str, status: str) -> list[str]:
+        """The log line of a message.
+
+        Where syslogd would cut it, since it has very many recipients, there are
+        more, each of them with all but some of the recipients.
+        """
         fields = [f"client={client}"]
         if self.sender is not None:
             fields.append(f"from={printable(self.sender)}")
-        fields += (f"to={printable(recipient)}" for recipient in self.recipients)
-        return ", ".join((*fields, f"status={status}"))
+        start, end = ", ".join(fields), f", status={status}"
+        lines = [start]
+        for recipient in self.recipients:
+            field = f", to={printable(recipient)}"
+            is_full = len(lines[-1]) + len(field) + len(end) > LOG_LINE_LIMIT
+            if is_full and lines[-1] != start:
+                lines.append(start)
+            lines[-1] += field
+        return [line + end for line in lines]
 
 
 # ---------------------------------------------------------------------------
@@ -1746,6 +1772,14 @@ class Channel:
     def _broken(self, what: str) -> Hangup:
         return self.lost(f"{self.side}: {what}", *self.broken)
 
+    def wait(self, seconds: float, *others: PollableEvent) -> bool:
+        """Wait until this side has spoken or hung up, or for an event; False when
+        the time is over."""
+        poller = select.poll()
+        for descriptor in (self.fileno(), *(other.fileno() for other in others)):
+            poller.register(descriptor, select.POLLIN)
+        return bool(poller.poll(seconds * 1000))
+
     def _peek(self) -> Optional[bytes]:
         """The next octet without taking it; None if none is there yet."""
         try:
@@ -1785,6 +1819,11 @@ class ClientChannel(Channel):
         if self._held > PIPE_BLOCK:
             self.flush()
 
+    @property
+    def holds_replies(self) -> bool:
+        """Whether there are any for the next `flush`."""
+        return bool(self._replies)
+
     def flush(self) -> None:
         """Send the replies that were held back, in one write."""
         if self._replies:
@@ -1796,12 +1835,6 @@ class ClientChannel(Channel):
     def has_spoken(self) -> bool:
         """Whether more has come from the client than was taken."""
         return bool(self.commands) or bool(self._peek())
-
-    def wait(self, seconds: float) -> None:
-        """Wait until the client has spoken or hung up, or the time is over."""
-        poller = select.poll()
-        poller.register(self._socket, select.POLLIN)
-        poller.poll(seconds * 1000)
 
     def has_hung_up(self) -> bool:
         """Whether the client has closed its side, or all of the connection."""
@@ -1842,9 +1875,17 @@ class ServerChannel(Channel):
     broken = (SERVER_LOST,)
     silent = (SERVER_TIMED_OUT,)
 
-    def __init__(self, sock: socket.socket, timeout: float, log: Log) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        timeout: float,
+        log: Log,
+        client: Optional[ClientChannel] = None,
+    ) -> None:
+        """`client` gets its held replies when this side takes its time."""
         super().__init__(sock, timeout, log)
         set_timeout(sock, socket.SO_RCVTIMEO, timeout)
+        self._client = client
         self._replies = ReplyBuffer()
 
     def ask(self, line: bytes, shown: Optional[bytes] = None) -> Reply:
@@ -1882,6 +1923,9 @@ class ServerChannel(Channel):
         return reply
 
     def _wait(self) -> bytes:
+        client = self._client
+        if client is not None and client.holds_replies and not self.wait(HOLD):
+            client.flush()
         octets = self.receive()
         if octets is None:
             text = "SERVER: network read operation timed out"
@@ -1930,7 +1974,8 @@ def resolve(address: Address, host: str) -> list[tuple[int, Any]]:
     """
     if address.path:
         return [(socket.AF_UNIX, to_octets(address.path))]
-    found = socket.getaddrinfo(host, address.port, type=socket.SOCK_STREAM)
+    # As octets: of text, Python would make the name's IDNA form first.
+    found = socket.getaddrinfo(to_octets(host), address.port, type=socket.SOCK_STREAM)
     return [(family, sockaddr) for family, _, _, _, sockaddr in found]
 
 
@@ -2043,7 +2088,9 @@ def create_file(directory: bytes) -> tuple[int, bytes]:
         suffix = os.urandom(6).hex().encode()
         path = os.path.join(directory, b"proxsmtpd." + suffix)
         with contextlib.suppress(FileExistsError):
-            return os.open(path, flags, 0o600), path
+            descriptor = os.open(path, flags, 0o600)
+            os.fchmod(descriptor, 0o600)  # whatever the umask is
+            return descriptor, path
 
 
 def create_unnamed_file(directory: bytes) -> int:
@@ -2108,12 +2155,15 @@ class Spool:
 class NamedSpool(Spool):
     """A message's octets in a file with a name, for a filter to change.
 
-    Raises OSError when the file cannot be made.
+    The name is in `names` as long as there is the file, for whoever removes it if
+    nobody closes the spool.  Raises OSError when the file cannot be made.
     """
 
-    def __init__(self, directory: bytes) -> None:
+    def __init__(self, directory: bytes, names: set[bytes]) -> None:
         super().__init__(directory)
         self._file, self.path = create_file(directory)
+        self._names = names
+        self._names.add(self.path)
 
     def reopen(self) -> None:
         """See what the filter has made of the file.
@@ -2135,14 +2185,13 @@ class NamedSpool(Spool):
         self.size = status.st_size
 
     def close(self) -> None:
+        self._names.discard(self.path)
         super().close()
         try:
             os.unlink(self.path)
         except FileNotFoundError:
             pass  # the filter took it away
         except (IsADirectoryError, PermissionError):
-            import shutil  # only a filter that leaves a directory needs it
-
             shutil.rmtree(self.path, ignore_errors=True)
 
 
@@ -2162,16 +2211,19 @@ class Processors:
     """
 
     def __init__(self, wanted: bool) -> None:
-        self._all = os.sched_getaffinity(0) if IS_LINUX and wanted else set()
+        self._all: set[int] = set()
         self._own: Optional[int] = None
         self._checked = 0.0
         self._used: dict[int, float] = {}  # seconds by others, until `_checked`
+        if IS_LINUX and wanted:
+            with contextlib.suppress(OSError):
+                self._all = os.sched_getaffinity(0)
 
     def choose(self) -> None:
         """Begin, where there is a choice and the system lets us make it."""
         if len(self._all) > 1:
             self._checked = time.monotonic()
-            with contextlib.suppress(OSError):
+            with self._tolerance():
                 used = processor_seconds()
                 self._move(min(self._all, key=lambda number: used[number]))
 
@@ -2180,9 +2232,20 @@ class Processors:
         seconds = time.monotonic() - self._checked
         if self._own is not None and seconds >= PROCESSOR_CHECK:
             self._checked += seconds
-            # Where the system is exhausted, this can wait.
-            with contextlib.suppress(OSError, MemoryError):
+            with self._tolerance():
                 self._move_if_crowded(self._own, seconds)
+
+    @contextlib.contextmanager
+    def _tolerance(self) -> Iterator[None]:
+        """Nothing that goes wrong in here is worth more than to stay where we are."""
+        try:
+            yield
+        except (OSError, MemoryError):
+            pass  # the system is exhausted, and this can wait
+        except (KeyError, ValueError):
+            # A container's /proc may number the processors in its own way, and one
+            # may be taken away at any time.
+            self._own = None
 
     def _move_if_crowded(self, own: int, seconds: float) -> None:
         before, self._used = self._used, self._used_by_others()
@@ -2321,6 +2384,22 @@ def octets_waiting(descriptor: int) -> int:
     return int(struct.unpack("@i", answer)[0])
 
 
+def has_live_members(group: int) -> bool:
+    """Whether a process group has others than zombies, as far as /proc tells."""
+    try:
+        numbers = [name for name in os.listdir("/proc") if name.isdigit()]
+    except OSError:
+        return False  # not Linux
+    return any(_is_live_member(number, b"%d" % group) for number in numbers)
+
+
+def _is_live_member(number: str, group: bytes) -> bool:
+    with contextlib.suppress(OSError), open(f"/proc/{number}/stat", "rb") as file:
+        state, _parent, own_group, *_ = file.read().rpartition(b")")[2].split()
+        return own_group == group and state not in (b"Z", b"X")
+    return False
+
+
 def peek_exit_status(pid: int) -> int:
     """Wait for a process, but leave it a zombie: its process group stays ours."""
     if not hasattr(os, "waitid"):
@@ -2371,6 +2450,7 @@ class FilterProcess:
         self._lock = threading.Lock()  # signals come from the main thread too
         self._pid = 0  # of the process, until it is reaped
         self._ended = False
+        self._was_told = False  # to end, so that its exit says nothing
 
     def __enter__(self) -> FilterProcess:
         return self
@@ -2383,7 +2463,12 @@ class FilterProcess:
     def start(self, command: str, environment: Mapping[bytes, bytes]) -> None:
         """Start the command; `FilterFailure` if the system does not let us."""
         try:
-            with contextlib.ExitStack() as child_ends, self._processors.all():
+            with (
+                contextlib.ExitStack() as child_ends,
+                self._processors.all(),
+                self._lock,
+            ):
+                self._check_told()
                 self._pid = self._spawn(command, environment, child_ends)
             self._watch = ExitWatch(self._pid)
             self._watch.open()
@@ -2420,7 +2505,8 @@ class FilterProcess:
             )
 
         words = plain_words(command)
-        if words is not None:
+        # Without PATH the shell has a default of its own.
+        if words is not None and (b"PATH" in environment or "/" in words[0]):
             # The shell would do nothing but the same.  What cannot be executed
             # is for it to explain.
             with contextlib.suppress(OSError):
@@ -2508,20 +2594,27 @@ class FilterProcess:
         """Let it run to its end; returns exit status and last line of its errors.
 
         `timeout` is in seconds from the last sign of life.  Raises
-        `FilterFailure` when that has passed, and OSError when the sink fails.
+        `FilterFailure` when that has passed or the daemon ends, and OSError when
+        the sink fails.
         """
         deadline = time.monotonic() + timeout
         while not self._ended:
             left = deadline - time.monotonic()
-            if left <= 0:
-                raise FilterFailure("timeout while listening to filter command")
-            if self._pump(keep_alive.cut(left)):
+            # Looked at also when it is late: the server may have held us up.
+            if self._pump(keep_alive.cut(max(0.0, left))):
                 deadline = time.monotonic() + timeout
+            elif left <= 0:
+                raise FilterFailure("timeout while listening to filter command")
             keep_alive.check()
         self._drain()
         status = self._watch.status()
         self._log.debug(f"filter exit code: {status}")
+        self._check_told()
         return status, self._errors.text
+
+    def _check_told(self) -> None:
+        if self._was_told:
+            raise FilterFailure("the daemon ends")
 
     def release(self) -> None:
         """It ended in good order: what it left in the background may go on."""
@@ -2549,16 +2642,28 @@ class FilterProcess:
                 left -= len(octets) or left
 
     def _reap(self) -> None:
+        self._watch.status()  # without the lock, which the main thread may want
         with self._lock:
             self._watch.reap()
             self._pid = 0
 
     def send_signal(self, number: int) -> None:
-        """Send a signal to the process group, as long as it is surely ours."""
-        # A filter may have become another user's process; then so be it.
-        with self._lock, contextlib.suppress(ProcessLookupError, PermissionError):
+        """Send a signal to the process group, as long as it is surely ours.
+
+        From now on its end says nothing about the message.
+        """
+        with self._lock:
+            self._was_told = True
             if self._pid:
-                os.killpg(self._pid, number)
+                self._signal_all(number)
+
+    def _signal_all(self, number: int) -> None:
+        # A filter may have become another user's process; then so be it.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._pid, number)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if os.getpgid(self._pid) != self._pid:  # it has left its group
+                os.kill(self._pid, number)
 
     def _terminate(self) -> None:
         """End the whole group: SIGTERM, and SIGKILL for what is still there."""
@@ -2571,10 +2676,28 @@ class FilterProcess:
         finally:
             # Also where somebody interrupts a rehearsal for the second time.
             self.send_signal(signal.SIGKILL)
-            self._reap()
+            self._reap_or_leave()
+
+    def _reap_or_leave(self) -> None:
+        """Reap the process; one that cannot be ended must not hold up the client."""
+        if self._watch.descriptor in self._handlers:
+            poller = select.poll()
+            poller.register(self._watch.descriptor, select.POLLIN)
+            if not poller.poll(KILL_GRACE * 1000):
+                self._leave()
+                return
+        self._reap()
+
+    def _leave(self) -> None:
+        self._log.error(f"filter process cannot be ended (pid {self._pid})")
+        with self._lock:
+            self._pid = 0
+        with contextlib.suppress(RuntimeError):  # then it stays a zombie
+            threading.Thread(target=self._watch.reap, daemon=True).start()
 
     def _await_silence(self, seconds: float) -> None:
-        """Wait until the process ended and nobody holds its pipes any more."""
+        """Wait until the process has ended, and its group, and nobody holds its
+        pipes any more."""
         deadline = time.monotonic() + seconds
         left = seconds
         while left > 0 and self._handlers:
@@ -2582,6 +2705,8 @@ class FilterProcess:
                 if self._is_over(descriptor):
                     self._drop(descriptor)
             left = deadline - time.monotonic()
+        while time.monotonic() < deadline and has_live_members(self._pid):
+            time.sleep(GROUP_CHECK)  # nothing tells of a group's end
 
     def _is_over(self, descriptor: int) -> bool:
         """Whether nothing more comes from a descriptor that poll named.
@@ -2601,7 +2726,8 @@ class RunningFilters:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._processes: set[FilterProcess] = set()
+        # No set: where memory ends as it grows, one comes to be full for ever.
+        self._processes: dict[FilterProcess, None] = {}
         self._closed = False
 
     @contextlib.contextmanager
@@ -2610,12 +2736,12 @@ class RunningFilters:
         with self._lock:
             if self._closed:
                 raise FilterFailure("the daemon ends")
-            self._processes.add(process)
+            self._processes[process] = None
         try:
             yield
         finally:
             with self._lock:
-                self._processes.discard(process)
+                self._processes.pop(process, None)
 
     def end_all(self, number: int) -> None:
         """Send a signal to every filter, and let no other begin."""
@@ -2631,18 +2757,19 @@ class RunningFilters:
 # ---------------------------------------------------------------------------
 
 
-class Ending:
-    """The daemon's end: a descriptor that becomes readable when it has begun."""
+class PollableEvent:
+    """An event with a descriptor, which is readable from when it is set."""
 
     def __init__(self) -> None:
         self._read_end, self._write_end = os.pipe()
-        self.has_begun = False
+        self.is_set = False
 
     def fileno(self) -> int:
         return self._read_end
 
-    def begin(self) -> None:
-        self.has_begun = True
+    def set(self) -> None:
+        """Set it, once."""
+        self.is_set = True
         os.close(self._write_end)
 
 
@@ -2732,8 +2859,30 @@ class Shared(NamedTuple):
     environment: Mapping[bytes, bytes]  # inherited by the filters
     filters: RunningFilters
     processors: Processors
-    ending: Ending
     statistics: Statistics
+    named_files: set[bytes]  # the temporary ones that there are now
+    ending: PollableEvent  # what is not in its DATA phase ends
+    grace_over: PollableEvent  # what is ends as well
+
+
+def share(
+    config: Config,
+    log: Log,
+    environment: Mapping[bytes, bytes],
+    processors: Processors,
+) -> Shared:
+    """What sessions have in common before there is any."""
+    return Shared(
+        config,
+        log,
+        environment,
+        RunningFilters(),
+        processors,
+        Statistics(),
+        named_files=set(),
+        ending=PollableEvent(),
+        grace_over=PollableEvent(),
+    )
 
 
 # ---------------------------------------------------------------------------
@@ -2781,7 +2930,11 @@ class Filtering:
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        self._at_end.close()
+        try:
+            self._at_end.close()
+        except OSError as error:
+            # What became of the message stands: the client must hear of that.
+            self._log.error(f"couldn't remove cache file: {reason(error)}")
 
     def receive(self, blocks: Iterator[bytes]) -> None:
         """Keep the message; raises `NoRoom`."""
@@ -2797,7 +2950,7 @@ class Filtering:
         """Where the message goes: to the filter, and to stay what it is."""
         directory = self._config.temp_directory
         if self._config.filter_type is FilterType.FILE:
-            self._file = self._kept(NamedSpool(directory))
+            self._file = self._kept(NamedSpool(directory, self._shared.named_files))
             if not self._config.keeps_original:
                 self.original = self._file
                 return [self._file]
@@ -2832,7 +2985,7 @@ class Filtering:
         self.has_failed = True
         # Whoever ends it, as systemd does with all of a service at its stop, or
         # we do, must not bring mail past it.
-        was_ended = self.exit_status in _WAS_ENDED or self._shared.ending.has_begun
+        was_ended = self.exit_status in _WAS_ENDED or self._shared.ending.is_set
         is_its_own = not was_ended and not isinstance(failure, NoRoom)
         if self._config.passes_failures and is_its_own:
             return Verdict(None, self.original, Status.ERROR_PASSED.value)
@@ -2902,6 +3055,14 @@ class Phase(Enum):
     NONE = "not looked at: the session is over"
 
 
+class Introduction(Enum):
+    """Whether the server has been told the client's address (XCLIENT)."""
+
+    DUE = "not yet"
+    TRIED = "it has not offered that, and may do so in answer to another EHLO"
+    MADE = "told, or refused, or not wanted"
+
+
 class Session:
     """The relay between one client and the server, from greeting to QUIT."""
 
@@ -2917,7 +3078,9 @@ class Session:
         self._phase = Phase.COMMAND
         self._envelope = Envelope()
         self._hello: Optional[Command] = None
-        self._is_introduced = not self.config.xclient
+        self._introduction = (
+            Introduction.DUE if self.config.xclient else Introduction.MADE
+        )
         self._client_refusal: Optional[Reply] = None  # the server's, to XCLIENT
         self._is_authenticated = False
         self._server_has_size = False
@@ -2990,7 +3153,9 @@ class Session:
         try:
             targets = resolve(address, address.host)
             sock, sockaddr = connect(targets, self.config.timeout, source)
-            self.server = ServerChannel(sock, self.config.timeout, self.log)
+            self.server = ServerChannel(
+                sock, self.config.timeout, self.log, self.client
+            )
         except OSError as error:
             where = shown(address.text)
             text = f"SERVER: couldn't connect to: {where}: {reason(error)}"
@@ -3066,7 +3231,7 @@ class Session:
 
     def _step(self) -> None:
         """Take one line of the client and answer it."""
-        if self.shared.ending.has_begun:
+        if self.shared.ending.is_set:
             raise ShuttingDown
         try:
             reply = self._respond(self._next_line())
@@ -3112,10 +3277,20 @@ class Session:
         if self._phase is Phase.AUTHENTICATION:
             check_octets(line)
             return self._authenticate(line, b"[...]")
-        command = Command.parse(line)
+        command = self._parse(line)
         self.log.dialogue("CLIENT", "<", self._without_secrets(command))
         handler = self._HANDLERS.get(command.verb, Session._relay)
         return handler(self, command)
+
+    def _parse(self, line: bytes) -> Command:
+        try:
+            return Command.parse(line)
+        except Refusal:
+            # Its first word is enough: the others may be a password.
+            word = _VERB.match(line[:REPLY_LINE_LIMIT])
+            assert word is not None  # the pattern matches anything
+            self.log.dialogue("CLIENT", "<", word[1] + b" [...]")
+            raise
 
     @staticmethod
     def _without_secrets(command: Command) -> bytes:
@@ -3159,21 +3334,36 @@ class Session:
 
         Raises `Refusal` with the server's reply if that is about the client.
         """
-        if self._is_introduced:
+        is_listed = offered not in (None, XCLIENT_UNLISTED)
+        if self._introduction is Introduction.MADE:
             return False
-        self._is_introduced = True
+        if self._introduction is Introduction.TRIED and not is_listed:
+            return False
+        self._introduction = Introduction.MADE if is_listed else Introduction.TRIED
         if offered is None:
             self.log.warning("server didn't offer XCLIENT")
             return False
-        reply = self.server.ask(
-            xclient_command(offered, self.client_peer, self.local_peer, hello)
-        )
-        if not reply.is_success and reply.code not in XCLIENT_UNAVAILABLE:
+        reply = self._tell_address(offered, hello)
+        if reply.is_success:
+            self._introduction = Introduction.MADE
+        elif reply.code in XCLIENT_UNAVAILABLE:
+            self.log.warning("server didn't accept XCLIENT")
+        else:
             self._client_refusal = reply
             self._check_client()
-        if not reply.is_success:
-            self.log.warning("server didn't accept XCLIENT")
         return reply.is_success
+
+    def _tell_address(
+        self, offered: frozenset[bytes], hello: Optional[Command]
+    ) -> Reply:
+        peers = self.client_peer, self.local_peer
+        whole = xclient_command(offered, *peers, hello)
+        bare = xclient_command(frozenset(), *peers, None)
+        reply = self.server.ask(whole)
+        if reply.code == 501 and whole != bare:
+            # The server does not like an attribute, such as the client's HELO.
+            reply = self.server.ask(bare)
+        return reply
 
     def _check_client(self) -> None:
         """See that a client is refused for good, once the server has done so.
@@ -3226,8 +3416,10 @@ class Session:
         return reply
 
     def _quit(self, command: Command) -> Reply:
-        self._phase = Phase.NONE
-        return self._relay(command)
+        reply = self._relay(command)
+        if reply.is_success:
+            self._phase = Phase.NONE
+        return reply
 
     def _xforward(self, command: Command) -> Reply:
         reply = self._relay(command)
@@ -3309,8 +3501,9 @@ class Session:
             raise Hangup("client sent mail data without leave", OUT_OF_STEP)
 
     def log_message(self, envelope: Envelope, status: str, octets: int = 0) -> None:
-        """The one line that the log has of a message, and its place in the count."""
-        self.log.info(envelope.describe(self.client_peer.host, status))
+        """What the log has of a message, a line mostly, and its place in the count."""
+        for line in envelope.describe(self.client_peer.host, status):
+            self.log.info(line)
         self.shared.statistics.note_message(status, octets)
 
     _HANDLERS: Mapping[bytes, Callable[[Session, Command], Optional[Reply]]] = {
@@ -3386,8 +3579,10 @@ class Transfer:
         self._session.log_message(self._envelope, outcome.status, self._size)
         self._note_times()
         self._session.answer(outcome.reply)
+        # At once, whatever the client has sent behind it: one that gives up meanwhile
+        # sends an accepted message again.
+        self._client.flush()
         if outcome.is_open and outcome.reply.code != 421:
-            self._client.flush()
             self._server.tell(b"RSET")
 
     def _note_times(self) -> None:
@@ -3437,15 +3632,19 @@ class Transfer:
 
     def _await_octets(self) -> bytes:
         deadline = time.monotonic() + self._config.timeout
+        grace_over = self._session.shared.grace_over
         octets = self._client.receive(BLOCK)
-        while octets is None:
+        self._keep_alive.check()
+        while octets is None and not grace_over.is_set:
             left = deadline - time.monotonic()
             if left <= 0:
                 text = "CLIENT: network read operation timed out"
                 raise Hangup(text, CLIENT_TIMED_OUT)
-            self._client.wait(self._keep_alive.cut(left))
+            self._client.wait(self._keep_alive.cut(left), grace_over)
             self._keep_alive.check()
             octets = self._client.receive(BLOCK)
+        if octets is None or grace_over.is_set:
+            raise ShuttingDown
         return octets
 
     @contextlib.contextmanager
@@ -3592,7 +3791,8 @@ class Slots:
     def __init__(self, most: int) -> None:
         self._most = most
         self._lock = threading.Lock()
-        self._taken: set[weakref.ref[socket.socket]] = set()
+        # No set: where memory ends as it grows, one comes to be full for ever.
+        self._taken: dict[weakref.ref[socket.socket], None] = {}
 
     def __len__(self) -> int:
         """How many were taken and have not been given back."""
@@ -3605,12 +3805,12 @@ class Slots:
                 self._forget_the_dead()
             if len(self._taken) >= self._most:
                 return False
-            self._taken.add(weakref.ref(connection))
+            self._taken[weakref.ref(connection)] = None
             return True
 
     def give_back(self, connection: socket.socket) -> None:
         with self._lock:
-            self._taken.discard(weakref.ref(connection))
+            self._taken.pop(weakref.ref(connection), None)
 
     def are_taken(self) -> bool:
         """Whether any connection has one."""
@@ -3619,7 +3819,7 @@ class Slots:
             return bool(self._taken)
 
     def _forget_the_dead(self) -> None:
-        self._taken = {taken for taken in self._taken if taken() is not None}
+        self._taken = {ref: None for ref in self._taken if ref() is not None}
 
 
 class Server(socketserver.ThreadingTCPServer):
@@ -3655,6 +3855,8 @@ class Server(socketserver.ThreadingTCPServer):
                 targets, key=lambda target: target[0] != socket.AF_INET
             )
             super().__init__(sockaddr, socketserver.BaseRequestHandler)
+            # What poll has seen may have gone again when it is accepted.
+            self.socket.setblocking(False)
         except OSError as error:
             text = f"couldn't bind to address: {shown(listen.text)}: {reason(error)}"
             raise SystemRefused(text) from error
@@ -3663,8 +3865,10 @@ class Server(socketserver.ThreadingTCPServer):
     def server_bind(self) -> None:
         if self.address_family == socket.AF_UNIX:
             remove_stale_socket(to_octets(self._config.listen.path))
-        elif self.address_family == socket.AF_INET6:
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        elif self.server_address[0] == "::":
+            # OpenBSD does not have it.
+            with contextlib.suppress(OSError):
+                self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         is_full = self._config.transparent_proxy is Transparency.FULL
         if is_full and self.address_family != socket.AF_UNIX:
             self._be_transparent()
@@ -3683,18 +3887,29 @@ class Server(socketserver.ThreadingTCPServer):
         poller.register(self._signals.fileno(), select.POLLIN)
         self._log.debug("accepting connections")
         while not self._signals.count:
-            self._shared.processors.check()
-            if self._signals.take_report():
-                for line in self._shared.statistics.report(len(self._slots)):
-                    self._log.notice(f"statistics: {line}")
-            # With nobody there, nothing needs to be looked at again.
-            for ready, _ in poller.poll(
-                PROCESSOR_CHECK * 1000 if self._slots else None
-            ):
-                if ready == self.fileno():
-                    self._accept()
-                else:
-                    self._signals.drain()
+            with self._patience():
+                self._serve_once(poller)
+
+    def _serve_once(self, poller: select.poll) -> None:
+        self._shared.processors.check()
+        if self._signals.take_report():
+            for line in self._shared.statistics.report(len(self._slots)):
+                self._log.notice(f"statistics: {line}")
+        # With nobody there, nothing needs to be looked at again.
+        for ready, _ in poller.poll(PROCESSOR_CHECK * 1000 if self._slots else None):
+            if ready == self.fileno():
+                self._accept()
+            else:
+                self._signals.drain()
+
+    @contextlib.contextmanager
+    def _patience(self) -> Iterator[None]:
+        """Without memory, wait a moment: it will come back when sessions end."""
+        try:
+            yield
+        except MemoryError:
+            time.sleep(ACCEPT_PAUSE)
+            self._note_exhaustion("out of memory")
 
     def _accept(self) -> None:
         """Accept a connection; where the system is exhausted, refuse it or wait."""
@@ -3705,13 +3920,11 @@ class Server(socketserver.ThreadingTCPServer):
             self.process_request(request, sockaddr)
         except OSError as error:
             if error.errno not in _CONNECTION_GONE:
+                was_refused = self._refuse_with_spare()
                 self._note_exhaustion(reason(error))
-                if not self._refuse_with_spare():
+                if not was_refused:
                     # Nothing would change by trying again at once.
                     self._signals.wait(ACCEPT_PAUSE)
-        except MemoryError:
-            self._note_exhaustion("out of memory")
-            self._signals.wait(ACCEPT_PAUSE)
 
     def _note_exhaustion(self, what: str) -> None:
         """Say it in the log, but once for all connections that it hits."""
@@ -3757,13 +3970,17 @@ class Server(socketserver.ThreadingTCPServer):
             return
         self._shared.statistics.note_connection(len(self._slots))
         try:
+            # Sessions must not take all memory there is: without any, CPython's
+            # handling of an exception may begin anew for ever.
+            mmap.mmap(-1, MEMORY_MARGIN).close()
             # Not threading.Thread, whose start waits until the thread runs.
             _thread.start_new_thread(
                 self.process_request_thread, (request, client_address)
             )
-        except (RuntimeError, MemoryError) as error:
+        except (OSError, RuntimeError, MemoryError) as error:
             self._slots.give_back(request)
-            self._log.error(f"couldn't create thread: {error}")
+            what = reason(error) if isinstance(error, OSError) else error
+            self._log.error(f"couldn't create thread: {what}")
             self._refuse(request, NO_THREAD)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
@@ -3771,7 +3988,7 @@ class Server(socketserver.ThreadingTCPServer):
             super().process_request_thread(request, client_address)
         finally:
             self._slots.give_back(request)
-            if self._shared.ending.has_begun:
+            if self._shared.ending.is_set:
                 self._signals.wake()
 
     def finish_request(self, request: Any, client_address: Any) -> None:
@@ -3787,11 +4004,12 @@ class Server(socketserver.ThreadingTCPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
         """Called for what a session did not expect: a fault of ours, or of memory."""
-        import traceback  # only a fault needs it
-
+        self._refuse(request, NO_RESOURCES)
+        if isinstance(sys.exc_info()[1], MemoryError):
+            self._note_exhaustion("out of memory")  # a traceback would need more
+            return
         for line in traceback.format_exc().splitlines():
             self._log.error(f"session failed: {shown(line)}")
-        self._refuse(request, NO_RESOURCES)
 
     def end(self) -> None:
         """Stop listening, and see the sessions and their filters end."""
@@ -3801,21 +4019,27 @@ class Server(socketserver.ThreadingTCPServer):
             # Where the directory is root's, it stays and is replaced next time.
             with contextlib.suppress(OSError):
                 os.unlink(to_octets(self._config.listen.path))
-        self._shared.ending.begin()
+        self._shared.ending.set()
         self._await_sessions(DATA_GRACE)
+        self._shared.grace_over.set()
         self._shared.filters.end_all(signal.SIGTERM)
         self._await_sessions(FILTER_GRACE)
         self._shared.filters.end_all(signal.SIGKILL)
-        self._await_sessions(LAST_GRACE)
+        self._await_sessions(LAST_GRACE, signals=math.inf)
+        for path in tuple(self._shared.named_files):
+            with contextlib.suppress(OSError):
+                os.unlink(path)
 
-    def _await_sessions(self, seconds: float) -> None:
-        """Wait until no session is left, a second signal comes, or time is over."""
+    def _await_sessions(self, seconds: float, signals: float = 2) -> None:
+        """Wait until no session is left, so many signals came, or time is over."""
         deadline = time.monotonic() + seconds
-        while self._slots.are_taken() and self._signals.count < 2:
+        left = seconds
+        while left > 0 and self._signals.count < signals:
+            with self._patience():
+                if not self._slots.are_taken():
+                    break
+                self._signals.wait(left)
             left = deadline - time.monotonic()
-            if left <= 0:
-                break
-            self._signals.wait(left)
 
     def shutdown_request(self, request: Any) -> None:
         """Close a connection; a session has done all that comes before."""
@@ -3840,12 +4064,15 @@ def remove_stale_socket(path: bytes) -> None:
     if not stat.S_ISSOCK(mode):
         raise FileExistsError(errno.EEXIST, "a file that is no socket is there")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)  # its queue may be full
         try:
             probe.connect(path)
         except ConnectionRefusedError:
             os.unlink(path)
-        else:
-            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+            return
+        except BlockingIOError:
+            pass
+    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
 
 
 # ---------------------------------------------------------------------------
@@ -3868,19 +4095,14 @@ class Rehearsal:
     What happens is told on standard output, in printable ASCII.
     """
 
-    def __init__(self, config: Config, log: Log) -> None:
+    def __init__(self, config: Config, log: Log, directory: bytes) -> None:
+        """`directory` is what the names of messages are relative to."""
         self._config = config
         self._log = log
+        self._directory = directory
         self._given = inherited_environment()
-        self._shared = Shared(
-            config,
-            log,
-            self._given,
-            RunningFilters(),
-            Processors(wanted=False),
-            Ending(),
-            Statistics(),
-        )
+        processors = Processors(wanted=False)
+        self._shared = share(config, log, self._given, processors)
         self._counts = dict.fromkeys(("passed", "dropped", "refused", "broken"), 0)
 
     def run(self, names: Sequence[str]) -> int:
@@ -3905,7 +4127,7 @@ class Rehearsal:
     def _play(self, name: str) -> str:
         """What has become of one message."""
         try:
-            message = as_sent(read_message(name))
+            message = as_sent(read_message(name, self._directory))
         except OSError as error:
             self._log.error(f"couldn't read message: {shown(name)}: {reason(error)}")
             return "broken"
@@ -3979,13 +4201,13 @@ class Rehearsal:
         return header.feed(repaired) + header.finish()
 
 
-def read_message(name: str) -> bytes:
+def read_message(name: str, directory: bytes) -> bytes:
     """The octets of a file, or of standard input; OSError if they cannot be had."""
     if name == "-":
         if sys.stdin is None:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         return sys.stdin.buffer.read()
-    with open(name, "rb") as file:
+    with open(os.path.join(directory, to_octets(name)), "rb") as file:
         return file.read()
 
 
@@ -4002,17 +4224,23 @@ def envelope_of(message: bytes) -> dict[bytes, bytes]:
 
     header = email.parser.BytesHeaderParser().parsebytes(message)
 
+    def fields(name: str) -> list[str]:
+        """The bodies of all fields of a name, unfolded, their octets as they are."""
+        bodies = (text for key, text in header.raw_items() if key.lower() == name)
+        octets = (text.encode("ascii", "surrogateescape") for text in bodies)
+        return [to_text(re.sub(rb"\r\n(?=[ \t])", b"", body)) for body in octets]
+
     def addresses(*names: str) -> list[bytes]:
-        fields = [str(field) for name in names for field in header.get_all(name, [])]
-        found = (to_octets(text) for _, text in email.utils.getaddresses(fields))
-        return [a for a in found if a and not _CONTROL.search(a)]
+        found = email.utils.getaddresses([f for name in names for f in fields(name)])
+        octets = [to_octets(address) for _, address in found]
+        return [a for a in octets if a and not _CONTROL.search(a)]
 
     envelope = Envelope()
-    for recipient in addresses("To", "Cc"):
+    for recipient in addresses("to", "cc"):
         if envelope.has_room_for(recipient):
             envelope.add_recipient(recipient)
-    senders = addresses("Return-Path") or addresses("From")
-    if str(header.get("Return-Path", "")).strip() == "<>":
+    senders = addresses("return-path") or addresses("from")
+    if [path.strip() for path in fields("return-path")[:1]] == ["<>"]:
         senders = [b"<>"]
     values = {
         b"SENDER": b"".join(senders[:1]),
@@ -4058,8 +4286,9 @@ class Signals:
         os.set_blocking(self._write_end, False)
 
     def install(self) -> None:
-        # A thread that a filter's end interrupts would begin its wait anew.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+        # A thread that a filter's end interrupts would begin its wait anew.  What
+        # else was blocked before the start is to reach us.
+        signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGCHLD})
         signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         signal.signal(signal.SIGTERM, self._count)
         signal.signal(signal.SIGINT, self._count)
@@ -4096,7 +4325,7 @@ class Signals:
 
     def drain(self) -> None:
         with contextlib.suppress(BlockingIOError):
-            os.read(self._read_end, 4096)
+            os.read(self._read_end, 512)
 
 
 class PidFile:
@@ -4106,13 +4335,31 @@ class PidFile:
         """Write the file; OSError if that cannot be."""
         self._path = os.path.abspath(to_octets(path))
         self._text = b"%d\n" % os.getpid()
+        if self._is_device():
+            self._descriptor = self._overwrite()
+            return
         try:
             self._descriptor = self._replace()
-        except PermissionError:
+        except PermissionError as error:
             # The directory is not ours, but the file may be.
-            flags = os.O_RDWR | os.O_TRUNC | os.O_NOFOLLOW
-            self._descriptor = os.open(self._path, flags)
-            write_all(self._descriptor, self._text)
+            try:
+                self._descriptor = self._overwrite()
+            except FileNotFoundError:
+                raise error from None
+
+    def _is_device(self) -> bool:
+        """Whether /dev/null or the like is there, which must stay."""
+        try:
+            mode = os.lstat(self._path).st_mode
+        except OSError:
+            return False
+        return stat.S_ISCHR(mode) or stat.S_ISBLK(mode)
+
+    def _overwrite(self) -> int:
+        flags = os.O_RDWR | os.O_TRUNC | os.O_NOFOLLOW
+        descriptor = os.open(self._path, flags)
+        write_all(descriptor, self._text)
+        return descriptor
 
     def _replace(self) -> int:
         """Write beside and rename, so that nobody reads half of it, and a link
@@ -4254,14 +4501,18 @@ def warnings_of(config: Config) -> list[str]:
         f"invalid header symbol: %{printable(symbol)}"
         for symbol in unknown_symbols(config.header)
     ]
-    found += _directory_warnings(config.temp_directory)
-    program = _missing_program(config.filter_command)
-    if program:
+    found += _directory_warnings(config.temp_directory, config.user)
+    program = program_of(config.filter_command)
+    if program and not shutil.which(program):
         found.append(f"FilterCommand's program not found: {shown(program)}")
+    if config.is_transparent and config.out_address is not None:
+        found.append(
+            "the OutAddress option will be ignored when TransparentProxy is enabled"
+        )
     return found
 
 
-def _directory_warnings(directory: bytes) -> list[str]:
+def _directory_warnings(directory: bytes, user: str) -> list[str]:
     name = f"TempDirectory {printable(directory)}"
     if not os.path.isdir(directory):
         return [f"{name} is not a directory"]
@@ -4269,17 +4520,53 @@ def _directory_warnings(directory: bytes) -> list[str]:
     found = []
     if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
         found.append(f"{name} is writable by all and has no sticky bit")
-    if not os.access(directory, os.W_OK | os.X_OK):
+    if not is_writable(directory, find_user(user) if user else None):
         found.append(f"{name} is not writable")
     return found
 
 
-def _missing_program(command: str) -> str:
-    """The program that a filter command names but that is not there, or ""."""
-    import shutil  # only a check, or a start, needs it
+def is_writable(directory: bytes, user: Optional[pwd.struct_passwd]) -> bool:
+    """Whether we may make files in a directory, as this user if we are root."""
+    if user is None or os.geteuid() != 0:
+        return os.access(directory, os.W_OK | os.X_OK)
+    pid = os.fork()
+    if pid:
+        return wait_for_exit(pid) == 0
+    status = 1
+    try:
+        os.initgroups(user.pw_name, user.pw_gid)
+        os.setgid(user.pw_gid)
+        os.setuid(user.pw_uid)
+        status = 0 if os.access(directory, os.W_OK | os.X_OK) else 1
+    finally:
+        os._exit(status)
 
-    program, *_ = plain_words(command) or [""]
-    return program if program and not shutil.which(program) else ""
+
+# What stands before the shell's own syntax, but for exec and assignments.
+_FIRST_WORD = re.compile(
+    r"\s*(?:\w+=[\w./+:@%,-]*\s+)*(?:exec\s+)?([\w./+:@%,-]+)(?=[\s|&;<>]|$)"
+)
+
+
+def program_of(command: str) -> str:
+    """The program that a filter command begins with; "" if that is not plain."""
+    match = _FIRST_WORD.match(command)
+    if match is None or to_octets(match[1]) in _SHELL_WORDS:
+        return ""
+    return match[1]
+
+
+class CheckedChannel(ServerChannel):
+    """The server's side for -t, which has one time limit for all of it."""
+
+    def __init__(self, sock: socket.socket, seconds: float) -> None:
+        super().__init__(sock, seconds, Log(ERROR))
+        self._deadline = time.monotonic() + seconds
+
+    def _wait(self) -> bytes:
+        left = max(0.001, self._deadline - time.monotonic())  # 0 would be no limit
+        set_timeout(self._socket, socket.SO_RCVTIMEO, left)
+        return super()._wait()
 
 
 def server_warnings(config: Config) -> list[str]:
@@ -4291,7 +4578,7 @@ def server_warnings(config: Config) -> list[str]:
     try:
         targets = resolve(address, address.host)
         sock, _ = connect(targets, CHECK_SECONDS)
-        server = ServerChannel(sock, CHECK_SECONDS, Log(ERROR))
+        server = CheckedChannel(sock, CHECK_SECONDS)
         with contextlib.closing(server):
             greeting = server.read_reply()
             if not greeting.is_success:
@@ -4347,27 +4634,50 @@ def _option(flag: str, value: str) -> dict[str, Any]:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the program; returns its exit status (proxsmtpd(8), EXIT STATUS)."""
+    # Ignored, as a parent may leave it, the system would tell us of no filter's end.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         options = parse_options(arguments)
     except UsageError as error:
         for text in error.args:
-            print(text if text == USAGE else f"{NAME}: {text}", file=sys.stderr)
+            line = text if text == USAGE else f"{NAME}: {shown(text)}"
+            with contextlib.suppress(OSError):
+                os.write(2, f"{line}\n".encode())
         return 2
     log = make_log(options)
     if options.version:
         text = f"{NAME} (version {VERSION})\n          (config: {CONFIG_FILE})"
         return say(text, log)
     try:
-        config = load_config(options.config_file, log)
-        if config is None:
-            return 2
-        if options.messages:
-            tidy_descriptors()
-            return Rehearsal(config, log).run(options.messages)
-        return check(config, log) if options.check else run(config, options, log)
+        return act(options, log)
     except SystemRefused as error:
         log.error(str(error))
-        return 1
+    except KeyboardInterrupt:
+        pass  # before there was anything to be ended in good order
+    return 1
+
+
+def act(options: Options, log: Log) -> int:
+    """Do what the options say with the configuration; returns the exit status."""
+    config = load_config(options.config_file, log)
+    if config is None:
+        return 2
+    directory = go_to_directory(options)
+    if options.messages:
+        tidy_descriptors()
+        return Rehearsal(config, log, directory).run(options.messages)
+    return check(config, log) if options.check else run(config, options, log)
+
+
+def go_to_directory(options: Options) -> bytes:
+    """Go where the daemon works; returns where the caller is."""
+    try:
+        directory = os.getcwdb()
+    except FileNotFoundError:
+        directory = b"/"  # it has been removed
+    if options.debug_level is None:
+        os.chdir("/")
+    return directory
 
 
 def make_log(options: Options) -> Log:
@@ -4386,7 +4696,7 @@ def load_config(path: str, log: Log) -> Optional[Config]:
     Raises `SystemRefused` if there is a file that cannot be read.
     """
     try:
-        with open(path, "rb") as file:
+        with open(to_octets(path), "rb") as file:
             octets = file.read()
         log.debug(f"read config file: {shown(path)}")
     except FileNotFoundError:
@@ -4432,63 +4742,91 @@ def give_up_output(error: OSError, log: Log) -> None:
 
 def run(config: Config, options: Options, log: Log) -> int:
     """Be the daemon, from binding to its end."""
+    with contextlib.ExitStack() as at_end:
+        try:
+            server, manager = start(config, options, log, at_end)
+        except OSError as error:
+            raise SystemRefused(f"couldn't start: {reason(error)}") from error
+        sys.excepthook = functools.partial(report_fault, log)
+        try:
+            server.serve()
+        finally:
+            manager.tell(b"STOPPING=1")
+            server.end()
+    log.debug("stopped processing")
+    return 0
+
+
+def start(
+    config: Config, options: Options, log: Log, at_end: contextlib.ExitStack
+) -> tuple[Server, ServiceManager]:
+    """Do all that can fail, and only then say that mail can come.
+
+    What has to be undone at the end is left with `at_end`.
+    """
     log.debug(f"starting up ({VERSION})...")
     name_process()
     tidy_descriptors()
     raise_descriptor_limit(config)
-    for text in warnings_of(config):
-        log.warning(text)
-    if not config.filters:
-        log.warning("no filter command specified. passing message through")
-    if config.is_transparent and config.out_address is not None:
-        text = "the OutAddress option will be ignored when TransparentProxy is enabled"
-        log.warning(text)
-    if config.pid_file and options.pid_file:
-        log.warning("ignoring pid file specified on the command line.")
+    _timeval()  # while there are descriptors
+    tell_warnings(config, options, log)
     signals = Signals()
+    signals.install()  # first, since whoever sees us listen may send one
     environment = inherited_environment()
     notify_path = environment.pop(b"NOTIFY_SOCKET", b"")
     # A daemon tells its parent, whose exit everybody understands.
     manager = ServiceManager(notify_path if options.debug_level is not None else b"")
     processors = Processors(config.one_processor)
-    filters = RunningFilters()
-    shared = Shared(
-        config, log, environment, filters, processors, Ending(), Statistics()
-    )
-    server = Server(shared, signals)
+    server = Server(share(config, log, environment, processors), signals)
     ready = detach() if options.debug_level is None else None
-    environment[b"PWD"] = os.getcwdb()  # as the shell sees to it
-    signals.install()
-    with contextlib.ExitStack() as at_end:
-        write_pid_file(config.pid_file or options.pid_file, at_end)
-        become_user(config, log)
-        if ready is not None:
-            log.places = (to_syslog,)
-            log.info("running as a daemon")
-            announce(ready)
-        threading.stack_size(STACK_SIZE)
-        processors.choose()
-        manager.tell(b"READY=1")
-        server.serve()
-        manager.tell(b"STOPPING=1")
-        server.end()
-    log.debug("stopped processing")
-    return 0
+    write_pid_file(config.pid_file or options.pid_file, at_end)
+    become_user(config, log)
+    threading.stack_size(STACK_SIZE)
+    processors.choose()
+    if ready is not None:
+        log.places = (to_syslog,)
+        log.info("running as a daemon")
+        announce(ready)
+    manager.tell(b"READY=1")
+    return server, manager
+
+
+def tell_warnings(config: Config, options: Options, log: Log) -> None:
+    """Say what is probably not meant, but no reason not to start."""
+    for text in warnings_of(config):
+        log.warning(text)
+    if not config.filters:
+        log.warning("no filter command specified. passing message through")
+    if config.pid_file and options.pid_file:
+        log.warning("ignoring pid file specified on the command line.")
+
+
+def report_fault(
+    log: Log, kind: type[BaseException], fault: BaseException, where: Any
+) -> None:
+    """Have the log know of a fault that ends the daemon."""
+    for text in traceback.format_exception(kind, fault, where):
+        for line in text.splitlines():
+            log.error(f"daemon failed: {shown(line)}")
 
 
 def inherited_environment() -> dict[bytes, bytes]:
-    """The environment that this process was started with.
+    """The environment that this process was started with, for the filters.
 
-    Where no locale was set, Python sets one in its own (PEP 538), and the filters
-    would read their 8-bit mail by it.
+    PWD is our directory, as the shell sees to it.  Where no locale was set, Python
+    sets one in its own (PEP 538), and the filters would read their 8-bit mail by it.
     """
     try:
         with open("/proc/self/environ", "rb") as file:
             entries = file.read().split(b"\0")
     except OSError:
-        return dict(os.environb)
-    pairs = (entry.partition(b"=") for entry in entries if b"=" in entry)
-    return {name: value for name, _, value in pairs}
+        environment = dict(os.environb)
+    else:
+        pairs = (entry.partition(b"=") for entry in entries if entry.find(b"=") > 0)
+        environment = {name: value for name, _, value in pairs}
+    with contextlib.suppress(FileNotFoundError):
+        environment[b"PWD"] = os.getcwdb()
+    return environment
 
 
 def tidy_descriptors() -> None:
@@ -4498,12 +4836,20 @@ def tidy_descriptors() -> None:
     while spare <= 2:
         spare = os.open(os.devnull, os.O_RDWR)
     os.close(spare)
-    with contextlib.suppress(FileNotFoundError):
-        for name in os.listdir("/dev/fd"):
-            if int(name) > 2:
-                # The one that listed them is gone by now.
-                with contextlib.suppress(OSError):
-                    os.set_inheritable(int(name), False)
+    for descriptor in may_be_open():
+        if descriptor > 2:
+            with contextlib.suppress(OSError):
+                os.set_inheritable(descriptor, False)
+
+
+def may_be_open() -> Sequence[int]:
+    """The descriptors that we have, and perhaps others."""
+    if IS_LINUX:  # elsewhere the directory may have the standard ones only
+        with contextlib.suppress(OSError):
+            return [int(name) for name in os.listdir("/dev/fd")]
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    is_bounded = 0 <= soft < MOST_INHERITED  # RLIM_INFINITY may be below 0
+    return range(soft if is_bounded else MOST_INHERITED)
 
 
 def raise_descriptor_limit(config: Config) -> None:
@@ -4512,11 +4858,14 @@ def raise_descriptor_limit(config: Config) -> None:
     needed = DESCRIPTORS_APART + config.max_connections * DESCRIPTORS_EACH
     if soft != resource.RLIM_INFINITY and soft < needed:
         most = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        for limit in (most, min(most, MACOS_DESCRIPTORS)):
+            with contextlib.suppress(ValueError, OSError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+                break
 
 
 def detach() -> int:
-    """Go on in a child with a session of its own and / as its directory.
+    """Go on in a child with a session of its own.
 
     Returns, in the child, the descriptor for `announce`.  The parent waits for
     that, and exits with 0, or with the child's exit status if it comes to its
@@ -4531,7 +4880,6 @@ def detach() -> int:
         os._exit(0 if ready else wait_for_exit(pid) & 0xFF)
     os.close(heard)
     os.setsid()
-    os.chdir("/")
     return told
 
 
@@ -4600,4 +4948,4 @@ def leave(status: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    leave(main([to_text(os.fsencode(word)) for word in sys.argv[1:]]))

@@ -95,7 +95,6 @@ NO_ADDRESSES = [
     "host:65536",
     "host:x",
     "host:+25",
-    "host: 25",
     "host :25",
     "host:25:26",
     "host:\u0662\u0665",

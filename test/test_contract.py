@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 import tracemalloc
 from collections.abc import Iterator
@@ -130,7 +131,29 @@ DESCRIPTIONS = {
     ("gathered", "line"), DESCRIPTIONS.values(), ids=DESCRIPTIONS.keys()
 )
 def test_log_line(gathered: Envelope, line: str) -> None:
-    assert gathered.describe("192.0.2.9", "X") == line
+    assert gathered.describe("192.0.2.9", "X") == [line]
+
+
+@pytest.mark.parametrize("octet", [b"r", b"\xe4"])
+@pytest.mark.parametrize("size", [1, 200, 12_000])
+def test_log_lines_that_syslog_takes(octet: bytes, size: int) -> None:
+    """Each has the sender, the status and as many recipients as there is room for."""
+    recipients = [
+        octet * size + b"@%d" % number for number in range(2 + 90_000 // size)
+    ]
+    if len(recipients) > 2000:
+        recipients = recipients[:2000]
+    lines = envelope(b"a@b", *recipients).describe("192.0.2.9", "X")
+    found = []
+    for line in lines:
+        assert line.startswith("client=192.0.2.9, from=a@b, to=")
+        assert line.endswith(", status=X")
+        found += re.findall(r", to=([^,]*)", line)
+        assert len(line) <= program.LOG_LINE_LIMIT or line.count(", to=") == 1
+    assert found == [program.printable(recipient) for recipient in recipients]
+    assert all(
+        len(a) + len(b) > program.LOG_LINE_LIMIT for a, b in zip(lines, lines[1:])
+    )
 
 
 # --- The filter's environment ------------------------------------------------

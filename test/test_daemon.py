@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import grp
 import os
 import pwd
+import random
 import re
 import resource
 import shutil
@@ -12,7 +14,9 @@ import signal
 import socket
 import stat
 import subprocess
+import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -136,8 +140,47 @@ WARNED = {
     "TempDirectory: /etc/passwd": "/etc/passwd",
     "FilterCommand: /nowhere/filter --strict": "/nowhere/filter",
     "FilterCommand: no-such-filter": "no-such-filter",
+    'FilterCommand: /nowhere/filter "$SENDER" | cat': "/nowhere/filter",
+    "FilterCommand: A=b C= exec no-such-filter; cat": "no-such-filter",
     "User: no-such-user": "no-such-user",
 }
+
+
+NOT_WARNED = (
+    "FilterCommand: cat",
+    "FilterCommand: LC_ALL=C exec cat",
+    "FilterCommand: exec sed s/a/b/",
+    "FilterCommand: cat;/nowhere/filter",
+    "FilterCommand: { cat; }",
+    'FilterCommand: "$FILTER"',
+    "FilterCommand: (no-such-filter)",
+    "FilterCommand: if true; then cat; fi",
+)
+
+
+@pytest.mark.parametrize("line", NOT_WARNED)
+def test_check_does_not_warn(line: str, config: Callable[[str], Path]) -> None:
+    """Of a command that is found, or that only the shell understands."""
+    result = run("-t", "-f", config(f"OutAddress: 25\n{line}\n"))
+    assert (result.stdout, result.stderr) == ("configuration is OK\n", "")
+
+
+def test_check_warns_of_both_addresses(config: Callable[[str], Path]) -> None:
+    result = run("-t", "-f", config("OutAddress: 25\nTransparentProxy: client\n"))
+    ignored = "the OutAddress option will be ignored when TransparentProxy is enabled"
+    assert result.stderr == f"proxsmtpd: {ignored}\n"
+
+
+def test_check_of_a_filter_in_the_callers_directory(
+    config: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The daemon looks for it in its own, which is / but for -d."""
+    (tmp_path / "filter").write_text("#!/bin/sh\n")
+    (tmp_path / "filter").chmod(0o755)
+    path = config("OutAddress: 25\nFilterCommand: ./filter\n")
+    warning = "proxsmtpd: FilterCommand's program not found: ./filter\n"
+    assert run("-t", "-f", path, cwd=tmp_path).stderr == warning
+    assert run("-d1", "-t", "-f", path, cwd=tmp_path).stderr == ""
 
 
 @pytest.mark.parametrize("line", WARNED)
@@ -727,6 +770,20 @@ def test_user(by_number: bool, detach: Detach, place: Path) -> None:
 
 
 @as_root
+@pytest.mark.parametrize("mode", [0o755, 0o700, 0o777])
+def test_check_of_a_directory_that_user_cannot_write_to(
+    mode: int, config: Callable[[str], Path], place: Path
+) -> None:
+    directory = place / "temp" / "of-root"
+    directory.mkdir()
+    directory.chmod(mode | stat.S_ISVTX)
+    settings = f"User: {some_user().pw_name}\nTempDirectory: {directory}\n"
+    result = run("-t", "-f", config(f"OutAddress: 25\n{settings}"))
+    warning = f"proxsmtpd: TempDirectory {directory} is not writable\n"
+    assert result.stderr == ("" if mode == 0o777 else warning)
+
+
+@as_root
 @with_mounts
 def test_user_gets_supplementary_groups(detach: Detach, place: Path) -> None:
     user = some_user()
@@ -941,6 +998,136 @@ def test_idle_connections_cost_nothing(proxsmtpd: StartDaemon) -> None:
     before = cpu_seconds(daemon)
     time.sleep(0.5)  # The span that is measured.
     assert cpu_seconds(daemon) - before <= 0.05
+
+
+def test_memory_runs_out(server: ScriptedServer, config: Callable[[str], Path]) -> None:
+    """The daemon neither ends, nor spins, nor forgets how to end in good order."""
+    served = []
+    for limit in range(22, 60, 2):  # in MiB, from where it cannot start
+        status = end_of_starved(limit, server, config)
+        if status is not None:
+            served.append(status)
+        if len(served) == 3:
+            break
+    assert served == [0, 0, 0]
+
+
+def end_of_starved(
+    limit: int, server: ScriptedServer, config: Callable[[str], Path]
+) -> int | None:
+    """The exit status of a daemon with so much memory; None if it cannot start."""
+    with reserve_port() as holder:
+        address = f"127.0.0.1:{port_of(holder)}"
+        settings = f"OutAddress: {server.address}\nFilterCommand: cat\n"
+        path = config(f"{settings}Listen: {address}\n")
+        limiting = ["prlimit", f"--as={limit << 20}"]
+        process = subprocess.Popen(
+            [*limiting, *program_under_test(), "-d0", "-f", path],
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            poll(lambda: is_listening(address) or process.poll() is not None)
+            if process.poll() is not None:
+                return None
+            crowd(address, clients=12, seconds=2)
+            assert process.poll() is None
+            process.send_signal(signal.SIGUSR1)
+            process.send_signal(signal.SIGTERM)
+            return process.wait(PATIENCE)
+        finally:
+            process.kill()
+            process.wait()
+
+
+def crowd(address: str, clients: int, seconds: float) -> None:
+    """Messages of all sizes, whatever comes of them."""
+    deadline = time.monotonic() + seconds
+
+    def send_some(number: int) -> None:
+        dice = random.Random(number)
+        while time.monotonic() < deadline:
+            size = dice.choice([1, 100, 10_000, 90_000, 200_000])
+            # Refusals and silence alike are to be expected.
+            with (
+                contextlib.suppress(AssertionError, OSError),
+                RawClient(address, timeout=5) as client,
+            ):
+                client.message(b"0123456\r\n" * size)
+
+    threads = [threading.Thread(target=send_some, args=[n]) for n in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+# --- The surroundings ---
+
+
+def test_sigchld_ignored_by_the_parent(proxsmtpd: StartDaemon) -> None:
+    """As some service managers and nohup wrappers leave it."""
+    program = ["env", "--ignore-signal=CHLD", *program_under_test()]
+    daemon = proxsmtpd({"FilterCommand": "cat"}, program=program)
+    assert daemon.connect().message(MESSAGE) == QUEUED
+
+
+def test_signals_blocked_by_the_parent(proxsmtpd: StartDaemon) -> None:
+    program = ["env", "--block-signal=TERM", *program_under_test()]
+    daemon = proxsmtpd({"FilterCommand": "cat"}, program=program)
+    assert daemon.stop() == 0
+
+
+ODD_ENVIRONMENT = """
+import ctypes, sys
+def array(words): return (ctypes.c_char_p * (len(words) + 1))(*words, None)
+words = [word.encode() for word in sys.argv[1:]]
+entries = [b"PATH=/usr/bin:/bin", b"=odd=1", b"nothing", b"=", b"LAST=1"]
+ctypes.CDLL(None).execve(words[0], array(words), array(entries))
+"""
+
+
+def test_environment_with_odd_entries(proxsmtpd: StartDaemon, tmp_path: Path) -> None:
+    """They are not passed on, and hinder nothing."""
+    saved = tmp_path / "environment"
+    program = [sys.executable, "-c", ODD_ENVIRONMENT, *program_under_test()]
+    command = f"cat /proc/self/environ >{saved}; cat"
+    daemon = proxsmtpd({"FilterCommand": command}, program=program)
+    assert daemon.connect().message(MESSAGE) == QUEUED
+    entries = saved.read_bytes().split(b"\0")
+    assert b"LAST=1" in entries
+    assert not {b"=odd=1", b"nothing", b"="} & set(entries)
+
+
+@with_mounts
+def test_filter_without_path(
+    proxsmtpd: StartDaemon, server: ScriptedServer, tmp_path: Path
+) -> None:
+    """The shell then looks in places of its own, so that its word counts."""
+    (tmp_path / "cat").write_text("#!/bin/sh\nexec /bin/sed s/Hello/Goodbye/\n")
+    (tmp_path / "cat").chmod(0o755)
+    program = ["/usr/bin/env", "-u", "PATH", *program_under_test()]
+    daemon = proxsmtpd(
+        {"FilterCommand": "cat"},
+        program=[*mounted(tmp_path, "/usr/local/bin"), *program],
+    )
+    assert daemon.connect().message(MESSAGE) == QUEUED
+    assert server.wait_message().data == MESSAGE.replace(b"Hello", b"Goodbye")
+
+
+@as_root
+@pytest.mark.parametrize("stays", [False, True])
+def test_pid_file_that_is_a_device(
+    stays: bool, proxsmtpd: StartDaemon, tmp_path: Path
+) -> None:
+    """As -p /dev/null is given where none is wanted: it must not be replaced."""
+    null = tmp_path / "null"
+    os.mknod(null, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    args = ["-p", null] if stays else []
+    settings = {} if stays else {"PidFile": null}
+    daemon = proxsmtpd(settings, args=args)
+    assert stat.S_ISCHR(null.lstat().st_mode)
+    assert daemon.stop() == 0
+    assert stat.S_ISCHR(null.lstat().st_mode)
 
 
 # --- The log ---

@@ -57,6 +57,7 @@ from typing import Callable
 import pytest
 
 from conftest import Daemon, MakeServer, StartDaemon, port_of, reserve_port
+from proxsmtpd import HOLD
 from smtp import (
     Action,
     Chunks,
@@ -327,6 +328,42 @@ def test_one_command_at_a_time(make_server: MakeServer, proxsmtpd: StartDaemon) 
         b"252 four\r\n250 2.0.0 Ok\r\n221 2.0.0 Bye\r\n"
     )
     assert early == []
+
+
+SLOW = HOLD + 1  # seconds
+
+
+def test_replies_are_not_held_back_for_a_slow_server(
+    make_server: MakeServer, proxsmtpd: StartDaemon
+) -> None:
+    """A client waits minutes for each reply, but not for all together."""
+    server = make_server({"RCPT": [b"250 one\r\n", Delay(SLOW, b"250 two\r\n")]})
+    client = proxsmtpd(server=server).connect()
+    client.reply()
+    commands = b"MAIL FROM:<a@example.com>\r\n" + b"RCPT TO:<b@example.com>\r\n" * 2
+    begin = time.monotonic()
+    client.send(commands)
+    assert client.reply() == b"250 2.1.0 Ok\r\n"
+    assert client.reply() == b"250 one\r\n"
+    assert time.monotonic() - begin < SLOW
+    assert client.reply() == b"250 two\r\n"
+
+
+@pytest.mark.parametrize("settings", [{}, {"FilterCommand": "cat"}], ids=["", "cat"])
+def test_acceptance_is_told_before_the_next_command(
+    settings: dict[str, object], make_server: MakeServer, proxsmtpd: StartDaemon
+) -> None:
+    """A client that gave up meanwhile would send the message again."""
+    ok = b"250 2.1.0 Ok\r\n"
+    server = make_server({"MAIL": [ok, Delay(HOLD, ok)]})
+    client = proxsmtpd(settings, server=server).connect()
+    client.start()
+    client.expect(b"DATA", b"354")
+    begin = time.monotonic()
+    client.send(b"Hello\r\n.\r\nMAIL FROM:<a@example.com>\r\n")
+    assert client.reply() == b"250 2.0.0 Ok: queued\r\n"
+    assert time.monotonic() - begin < HOLD
+    assert client.reply() == ok
 
 
 def test_pipelined_replies_come_in_one_write(

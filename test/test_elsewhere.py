@@ -5,21 +5,17 @@ These are tests of other modules, with the program run by elsewhere.py.
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import sys
-import threading
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import test_daemon
 import test_filter
 from conftest import StartDaemon
-from proxsmtpd import ExitWatch, FilterFailure, FilterProcess, Log, Processors
 
 ELSEWHERE = [sys.executable, "-IS", str(Path(__file__).with_name("elsewhere.py"))]
 
@@ -56,39 +52,15 @@ def test_statistics_of_what_can_be_counted(proxsmtpd: StartDaemon) -> None:
     daemon.wait_log(r"statistics: threads: unknown, descriptors: \d+$")
 
 
-# --- Where no thread can be had to wait for a filter ---
-
-
-def no_thread(*_arguments: Any) -> None:
-    """What threading says then."""
-    raise RuntimeError("can't start new thread")
-
-
-def descriptors() -> set[str]:
-    """What this process has open."""
-    return set(os.listdir("/proc/self/fd"))
-
-
-def test_no_thread_to_watch_a_filter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The filter is ended, and nothing of it is left."""
-    monkeypatch.delattr(os, "pidfd_open")
-    monkeypatch.setattr(threading.Thread, "start", no_thread)
-    before = descriptors()
-    log = Log(0, lambda _level, _text: None)
-    failure = "couldn't start filter command: can't start new thread"
-    process = FilterProcess(None, None, Processors(wanted=False), log)
-    with process, pytest.raises(FilterFailure, match=failure):
-        process.start("sleep 60", os.environb)
-    assert descriptors() == before
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
-
-
-def test_no_descriptor_to_watch_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    def none_left(*_arguments: Any) -> None:
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-
-    monkeypatch.setattr(os, "pidfd_open", none_left)
-    monkeypatch.setattr(os, "pipe", none_left)
-    with pytest.raises(OSError, match="Too many open files"):
-        ExitWatch(os.getpid()).open()
+def test_filters_get_no_inherited_descriptor(
+    proxsmtpd: StartDaemon, tmp_path: Path
+) -> None:
+    """Not even where /dev/fd has the standard ones only."""
+    saved = tmp_path / "descriptors"
+    command = f"ls /proc/self/fd >{saved}; cat"
+    with open(os.devnull) as inherited:
+        number = inherited.fileno()
+        os.set_inheritable(number, True)
+        daemon = proxsmtpd({"FilterCommand": command}, pass_fds=[number])
+    assert test_filter.deliver(daemon) == test_filter.QUEUED
+    assert saved.read_text().split() == ["0", "1", "2", "3"]  # 3 is the listing's

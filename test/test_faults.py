@@ -389,7 +389,8 @@ class Stage:
             text = hear(client)
             if text not in USUAL:
                 yield f"{step} {text}" if text else "end"
-        if text:
+        was_refused = step == "QUIT" and text[:2] in ("45", "55")
+        if text and not was_refused:
             assert client.eof()
             if step != "QUIT":
                 yield "end"

@@ -7,10 +7,12 @@ what the filter saw.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -20,7 +22,7 @@ from pathlib import Path
 import pytest
 
 from conftest import Daemon, MakeFilter, MakeServer, StartDaemon, poll
-from smtp import RawClient, Recorded, ScriptedServer
+from smtp import Delay, RawClient, Recorded, ScriptedServer
 
 MESSAGE = b"Subject: test\r\n\r\nHello\r\n"
 QUEUED = b"250 2.0.0 Ok: queued\r\n"
@@ -518,6 +520,35 @@ def test_time_out_ends_the_whole_group(
     assert status_of(daemon) == "FILTER-ERROR"
 
 
+def test_time_out_of_a_filter_that_has_left_its_group(
+    proxsmtpd: StartDaemon, filter_script: MakeFilter, tmp_path: Path
+) -> None:
+    pid = tmp_path / "pid"
+    script = f"""#!{sys.executable}
+import os, time
+os.setpgid(0, os.getpgid(os.getppid()))
+open({str(pid)!r}, "w").write(str(os.getpid()))
+time.sleep(60)
+"""
+    daemon = proxsmtpd({"FilterCommand": filter_script(script), "FilterTimeout": 1})
+    begin = time.monotonic()
+    assert deliver(daemon) == LOCAL_ERROR
+    assert time.monotonic() - begin < 6
+    assert not alive(int(pid.read_text()))
+
+
+def test_time_out_gives_all_of_the_group_time_to_clean_up(
+    proxsmtpd: StartDaemon, tmp_path: Path
+) -> None:
+    """Also those that hold none of the pipes."""
+    told = tmp_path / "told"
+    member = f'trap "sleep 0.5; echo clean > {told}; exit" TERM; sleep 60 & wait'
+    command = f"sh -c '{member}' </dev/null >/dev/null 2>&1 & sleep 60"
+    daemon = proxsmtpd({"FilterCommand": command, "FilterTimeout": 1})
+    assert deliver(daemon) == LOCAL_ERROR
+    assert told.read_text() == "clean\n"
+
+
 SIGNS_OF_LIFE = {
     "output": "for i in 1 2 3; do sleep 0.5; echo; done; cat",
     "standard-error": "for i in 1 2 3; do sleep 0.5; echo x >&2; done; cat",
@@ -889,6 +920,29 @@ def test_keep_alives(
     assert others == [b"EHLO", b"MAIL", b"RCPT", b"DATA", b"QUIT"]
 
 
+def test_keep_alives_while_the_client_never_pauses(
+    proxsmtpd: StartDaemon, server: ScriptedServer
+) -> None:
+    client = proxsmtpd({"FilterCommand": "cat", "KeepAlives": 1}).connect()
+    client.start()
+    client.expect(b"DATA", b"354")
+    deadline = time.monotonic() + 10
+    while b"NOOP" not in verbs(server.connections[0]):
+        client.send(b"line\r\n")
+        time.sleep(0.01)  # well below what counts as a pause
+        assert time.monotonic() < deadline
+    assert client.command(b".") == QUEUED
+
+
+def test_slow_answer_to_a_keep_alive_is_no_silence_of_the_filter(
+    make_server: MakeServer, proxsmtpd: StartDaemon
+) -> None:
+    server = make_server({"NOOP": Delay(2.5, b"250 alive\r\n")})
+    command = "for i in 1 2 3 4 5 6 7 8; do sleep 0.3; echo; done; cat"
+    settings = {"FilterCommand": command, "KeepAlives": 1, "FilterTimeout": 2}
+    assert deliver(proxsmtpd(settings, server=server)) == QUEUED
+
+
 def test_server_gone_while_the_filter_runs(
     proxsmtpd: StartDaemon, server: ScriptedServer, tmp_path: Path
 ) -> None:
@@ -995,6 +1049,94 @@ def accepts(daemon: Daemon) -> bool:
     except ConnectionError:
         return False
     return True
+
+
+TIDY = {
+    "rejects": "trap 'exit 1' TERM; cat",
+    "says": "trap 'echo terminated >&2; exit 1' TERM",
+    "refuses": "trap 'echo 554 ended >&2; exit 1' TERM",
+    "drops": "trap 'echo 250 dropped >&2; exit 1' TERM",
+    "passes-a-part": "trap 'exit 0' TERM; head -n 1",
+}
+
+
+@pytest.mark.parametrize("mode", [{}, {"FilterFailure": "pass"}], ids=["", "pass"])
+def test_what_an_ended_filter_says_is_no_verdict(
+    mode: Mapping[str, object],
+    proxsmtpd: StartDaemon,
+    server: ScriptedServer,
+    tmp_path: Path,
+) -> None:
+    """It cleans up and exits as it likes; the client is to come again."""
+    for name, script in TIDY.items():
+        os.mkfifo(tmp_path / f"{name}.started")
+        started = f"echo >{tmp_path}/{name}.started"
+        (tmp_path / name).write_text(f"{script}; {started}; sleep 60 & wait\n")
+    command = f". {tmp_path}/${{SENDER%@*}}"
+    daemon = proxsmtpd({"FilterCommand": command, **mode})
+    clients = {}
+    for name in TIDY:
+        clients[name] = start_message(daemon, b"<%s@example.com>" % name.encode())
+        (tmp_path / f"{name}.started").read_text()
+    daemon.process.send_signal(signal.SIGTERM)
+    for name, client in clients.items():
+        assert client.reply() == LOCAL_ERROR, name
+        client.close()
+    assert daemon.wait() == 0
+    ended = re.findall(r"status=(.*)$", daemon.log(), re.M)
+    assert ended == ["FILTER-ERROR"] * len(TIDY)
+    assert server.messages == []
+
+
+def test_client_in_its_data_at_the_daemons_end(by_file: StartDaemon) -> None:
+    """When its time is over it is told so, and its file is gone."""
+    daemon = by_file("cat")
+    client = daemon.connect()
+    client.start()
+    client.expect(b"DATA", b"354")
+    client.send(MESSAGE)
+    assert poll(lambda: list(daemon.tempdir.iterdir()))
+    daemon.process.send_signal(signal.SIGTERM)
+    assert client.reply() == b"421 Service shutting down\r\n"
+    assert list(daemon.tempdir.iterdir()) == []
+    assert status_of(daemon) == "421 Service shutting down"
+    client.close()
+    assert daemon.wait() == 0
+
+
+def test_steady_client_at_the_daemons_end(proxsmtpd: StartDaemon) -> None:
+    """Not even a client that never pauses holds it up."""
+    daemon = proxsmtpd({"FilterCommand": "cat"})
+    client = daemon.connect()
+    client.start()
+    client.expect(b"DATA", b"354")
+    ended = threading.Event()
+
+    def send() -> None:
+        with contextlib.suppress(OSError):
+            while not ended.wait(0.01):
+                client.send(b"line\r\n")
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        assert daemon.stop() == 0
+    finally:
+        ended.set()
+        sender.join()
+    assert status_of(daemon) == "421 Service shutting down"
+
+
+def test_second_signal_leaves_no_file(by_file: StartDaemon, tmp_path: Path) -> None:
+    started = tmp_path / "started"
+    os.mkfifo(started)
+    daemon = by_file(f"trap '' TERM; echo up > {started}; sleep 60 & wait")
+    start_message(daemon)
+    started.read_text()
+    daemon.process.send_signal(signal.SIGTERM)
+    assert poll(lambda: not accepts(daemon))
+    assert daemon.stop() == 0
+    assert list(daemon.tempdir.iterdir()) == []
 
 
 def test_stubborn_filter_at_the_daemons_end(

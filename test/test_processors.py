@@ -110,3 +110,48 @@ def test_where_there_is_no_choice(proxsmtpd: StartDaemon) -> None:
     client.start()
     assert client.message(b"x\r\n") == QUEUED
     assert placed(daemon) == {frozenset({chosen})}
+
+
+# As a container may have /proc, which numbers the processors in its own way.
+RENUMBERED = """
+import proxsmtpd
+proxsmtpd.processor_seconds = lambda: {1000: 0.0, 1001: 0.0}
+"""
+# And as it may have it a while later.
+TAKEN_AWAY = """
+import os, proxsmtpd
+seconds = dict.fromkeys(os.sched_getaffinity(0), 0.0)
+proxsmtpd.processor_seconds = lambda: dict(seconds)
+processors = proxsmtpd.Processors(True)
+processors.choose()
+del seconds[max(seconds)]
+processors._checked -= 2.0
+processors.check()
+processors.check()
+"""
+NOT_ALLOWED = """
+import os, proxsmtpd
+def not_allowed(_pid): raise PermissionError(1, "Operation not permitted")
+os.sched_getaffinity = not_allowed
+"""
+ONCE_MORE = """
+processors = proxsmtpd.Processors(True)
+processors.choose()
+processors.check()
+with processors.all():
+    pass
+"""
+
+
+@pytest.mark.parametrize("surroundings", [RENUMBERED, TAKEN_AWAY, NOT_ALLOWED])
+def test_where_nothing_can_be_told(surroundings: str) -> None:
+    """The threads then stay where they are."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(PROGRAM).parent)}
+    run = subprocess.run(
+        [sys.executable, "-c", surroundings + ONCE_MORE],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (run.returncode, run.stderr) == (0, "")

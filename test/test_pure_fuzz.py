@@ -484,7 +484,8 @@ def check_log_line(octets: bytes) -> None:
     envelope = program.Envelope()
     envelope.sender = octets
     envelope.add_recipient(octets)
-    assert envelope.describe("::1", "PASSED").isprintable()
+    (line,) = envelope.describe("::1", "PASSED")
+    assert line.isprintable()
 
 
 CHECKS: dict[str, tuple[Callable[[bytes], None], Sequence[bytes]]] = {

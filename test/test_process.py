@@ -1,0 +1,236 @@
+"""A filter's process by itself, where the system or the filter plays tricks."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import proxsmtpd as program
+from conftest import poll, port_of, reserve_port
+from proxsmtpd import (
+    ExitWatch,
+    FilterFailure,
+    Filtering,
+    FilterProcess,
+    KeepAlive,
+    Log,
+    Processors,
+)
+
+NO_KEEP_ALIVE = KeepAlive(0, lambda: None)
+
+
+class Said(list[str]):
+    """A log, and what was said in it."""
+
+    def __init__(self) -> None:
+        self.log = Log(program.DEBUG, lambda _level, text: self.append(text))
+
+
+@pytest.fixture
+def said() -> Said:
+    return Said()
+
+
+@pytest.fixture
+def process(said: Said) -> FilterProcess:
+    """A filter's process that has not been started."""
+    return FilterProcess(None, None, Processors(wanted=False), said.log)
+
+
+def is_there(pid: int) -> bool:
+    """Whether a process lives, or is a zombie that nobody has reaped."""
+    return Path(f"/proc/{pid}").exists()
+
+
+@pytest.fixture
+def immune(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nobody may send a signal to a filter, as to one that sudo(8) has started."""
+
+    def not_permitted(*_arguments: int) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "killpg", not_permitted)
+    monkeypatch.setattr(os, "kill", not_permitted)
+    monkeypatch.setattr(program, "KILL_GRACE", 0.2)
+    yield
+    monkeypatch.undo()
+
+
+@pytest.mark.usefixtures("immune")
+def test_filter_that_cannot_be_ended(process: FilterProcess, said: Said) -> None:
+    """It holds up neither the client nor the daemon, and is reaped at its end."""
+    begin = time.monotonic()
+    process.start("sleep 2", os.environb)
+    pid = process._pid
+    with pytest.raises(FilterFailure, match="timeout"), process:
+        process.finish(0.1, NO_KEEP_ALIVE)
+    assert time.monotonic() - begin < 1.5
+    assert said[-1] == f"filter process cannot be ended (pid {pid})"
+    process.send_signal(signal.SIGTERM)  # as the daemon's end does
+    assert is_there(pid)
+    assert poll(lambda: not is_there(pid))
+
+
+@pytest.mark.usefixtures("immune")
+def test_daemon_that_ends_waits_for_no_lock(process: FilterProcess) -> None:
+    """Not even while a filter is being ended that cannot be ended."""
+    process.start("sleep 2", os.environb)
+    pid = process._pid
+    ending = threading.Thread(target=process.__exit__)
+    ending.start()
+    while ending.is_alive():
+        begin = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert time.monotonic() - begin < 0.2
+        ending.join(0.02)
+    assert poll(lambda: not is_there(pid))
+
+
+def test_filter_that_is_told_to_end_before_it_starts(process: FilterProcess) -> None:
+    """It never does, since nobody would end it any more."""
+    process.send_signal(signal.SIGKILL)
+    with pytest.raises(FilterFailure, match="the daemon ends"), process:
+        process.start("sleep 60", os.environb)
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+@pytest.mark.parametrize("command", ["true", "false"])
+def test_filter_that_is_told_to_end_at_its_end(
+    command: str, process: FilterProcess
+) -> None:
+    """Whether the signal was still in time, nobody can know."""
+    process.start(command, os.environb)
+    assert poll(lambda: not program.has_live_members(process._pid))
+    process.send_signal(signal.SIGTERM)
+    with pytest.raises(FilterFailure, match="the daemon ends"), process:
+        process.finish(5, NO_KEEP_ALIVE)
+
+
+# --- Without what a filter is watched by ---
+
+
+def descriptors() -> set[str]:
+    """What this process has open."""
+    return set(os.listdir("/proc/self/fd"))
+
+
+def test_no_thread_to_watch_a_filter(
+    process: FilterProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The filter is ended, and nothing of it is left."""
+
+    def no_thread(*_arguments: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.delattr(os, "pidfd_open")
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    before = descriptors()
+    failure = "couldn't start filter command: can't start new thread"
+    with pytest.raises(FilterFailure, match=failure), process:
+        process.start("sleep 60", os.environb)
+    assert descriptors() == before
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_no_descriptor_to_watch_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*_arguments: Any) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "pidfd_open", none_left)
+    monkeypatch.setattr(os, "pipe", none_left)
+    with pytest.raises(OSError, match="Too many open files"):
+        ExitWatch(os.getpid()).open()
+
+
+# --- What else the system may say ---
+
+
+def test_file_that_cannot_be_removed(
+    said: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What became of the message stands all the same."""
+    config, errors = program.parse_config(
+        b"OutAddress: 25\nFilterType: file\nTempDirectory: %s\n" % bytes(tmp_path), ""
+    )
+    assert errors == []
+    shared = program.share(config, said.log, {}, Processors(wanted=False))
+
+    def read_only(*_arguments: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with Filtering(shared, said.log) as filtering:
+        filtering.receive(iter([b"Hello\r\n"]))
+        monkeypatch.setattr(os, "unlink", read_only)
+    assert said[-1] == "couldn't remove cache file: Read-only file system"
+
+
+def test_limit_of_descriptors_that_the_system_does_not_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """macOS refuses more than 10240, whatever it says of the hard limit."""
+    limits = []
+
+    def set_limit(_what: int, limit: tuple[int, int]) -> None:
+        if limit[0] > 10240:
+            raise ValueError("current limit exceeds maximum limit")
+        limits.append(limit)
+
+    unlimited = resource.RLIM_INFINITY
+    monkeypatch.setattr(resource, "getrlimit", lambda _what: (256, unlimited))
+    monkeypatch.setattr(resource, "setrlimit", set_limit)
+    config, _ = program.parse_config(b"OutAddress: 25\nMaxConnections: 5000\n", "")
+    program.raise_descriptor_limit(config)
+    assert limits == [(10240, unlimited)]
+
+
+@pytest.mark.parametrize("host", ["[::1]", "[::]"])
+def test_ipv6_where_a_socket_cannot_serve_ipv4(
+    host: str, said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenBSD refuses the very question."""
+    set_option = socket.socket.setsockopt
+
+    def refuse(sock: Any, level: int, option: int, value: Any) -> None:
+        if (level, option) == (socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        set_option(sock, level, option, value)
+
+    monkeypatch.setattr(socket.socket, "setsockopt", refuse)
+    with reserve_port("::1") as holder:
+        listen = f"{host}:{port_of(holder)}"
+        config, errors = program.parse_config(
+            f"OutAddress: 25\nListen: {listen}\n".encode(), ""
+        )
+        assert errors == []
+        shared = program.share(config, said.log, {}, Processors(wanted=False))
+        with program.Server(shared, program.Signals()).socket:
+            assert said == [f"created socket: {listen}"]
+
+
+def test_pid_file_where_nobody_may_make_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reason is that, and not that there is none yet."""
+    open_file = os.open
+
+    def refuse(path: bytes, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_CREAT:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return open_file(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(PermissionError):
+        program.PidFile(str(tmp_path / "pid"))
