@@ -6,12 +6,14 @@ else `proxsmtpd.py` beside this directory.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import select
 import shlex
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -122,10 +124,21 @@ def is_listening(address: str) -> bool:
     if address.startswith("/"):
         flag_and_path = re.compile(rf" 00010000 .* {re.escape(address)}$", re.M)
         return bool(flag_and_path.search(Path("/proc/net/unix").read_text()))
-    port = int(address.rpartition(":")[2])
-    listening = re.compile(rf"^\s*\d+: [0-9A-F]+:{port:04X} [0-9A-F:]+ 0A ", re.M)
+    host, _, port = address.rpartition(":")
+    local = f"(?:{in_proc(host.strip('[]'))}):{int(port):04X}"
+    listening = re.compile(rf"^\s*\d+: {local} [0-9A-F:]+ 0A ", re.M)
     tables = [Path("/proc/net/tcp"), Path("/proc/net/tcp6")]
     return any(t.exists() and listening.search(t.read_text()) for t in tables)
+
+
+def in_proc(host: str) -> str:
+    """A pattern for sockets that serve an address, as /proc has it in hexadecimal."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with contextlib.suppress(OSError):
+            packed = socket.inet_pton(family, host)
+            words = struct.unpack(f"{len(packed) // 4}I", packed)
+            return "".join(f"{word:08X}" for word in words) + "|0{8}|0{32}"
+    return "[0-9A-F]+"  # a name, or a port alone
 
 
 class Daemon:

@@ -566,6 +566,13 @@ XCLIENT: dict[str, tuple[bytes, Peer, Peer, Command | None, bytes]] = {
         b"ADDR=192.0.2.9 HELO=[UNAVAILABLE]",
     ),
     "no HELO at all": (b"HELO PROTO", CLIENT, LOCAL, None, b"ADDR=192.0.2.9"),
+    "scope": (
+        b"DESTADDR",
+        Peer("fe80::9%eth0", 4321),
+        Peer("fe80::1%eth0", 25),
+        EHLO,
+        b"ADDR=IPV6:fe80::9 DESTADDR=IPV6:fe80::1",
+    ),
 }
 
 

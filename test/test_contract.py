@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import re
+import shutil
+import subprocess
 import time
 import tracemalloc
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -195,6 +199,89 @@ def test_environment(
 def test_variables() -> None:
     names = b"CLIENT SERVER SENDER RECIPIENTS REMOTE REMOTE_HELO TMPDIR EMAIL"
     assert sorted(program.FILTER_VARIABLES) == sorted(names.split())
+
+
+# --- The filter's command ------------------------------------------------------
+
+# Commands without anything for the shell to do, and their words.
+PLAIN_COMMANDS = {
+    "cat": ["cat"],
+    "/usr/bin/spamc -d 127.0.0.1 -p783": ["/usr/bin/spamc", "-d", "127.0.0.1", "-p783"],
+    " ./filter\t--user=mail,nobody  a@b:c%d+e_f ": [
+        "./filter",
+        "--user=mail,nobody",
+        "a@b:c%d+e_f",
+    ],
+    "nice exec": ["nice", "exec"],
+}
+COMMANDS_FOR_THE_SHELL = (
+    "",
+    " ",
+    *(f"cat a{octet}b" for octet in "~*?[]{}()<>|&;!#$`\\'\"^\n\0"),
+    *(f"cat {octet}" for octet in "~*?[!#$"),
+    "LC_ALL=C cat",
+    "a=b",
+    "exec cat",
+    ". /etc/filter",
+    ": >/dev/null",
+    "test -f x",
+    "caf\u00e9",
+    "cat\u00a0x",
+)
+
+
+@pytest.mark.parametrize("command", PLAIN_COMMANDS)
+def test_plain_words(command: str) -> None:
+    assert program.plain_words(command) == PLAIN_COMMANDS[command]
+
+
+@pytest.mark.parametrize("command", COMMANDS_FOR_THE_SHELL, ids=repr)
+def test_command_for_the_shell(command: str) -> None:
+    assert program.plain_words(command) is None
+
+
+def test_shell_makes_the_same_words(tmp_path: Path) -> None:
+    """Of whatever is taken for plain, in a directory where patterns would match."""
+    for name in ("a", "b", "-", "a,b", "x=y"):
+        (tmp_path / name).touch()
+    dice = random.Random(1)
+    octets = [chr(n) for n in range(33, 127)] + [" "] * 20 + ["a", "-", "="] * 10
+    plain = []
+    for _ in range(20_000):
+        command = "a" + "".join(dice.choices(octets, k=dice.randrange(1, 8)))
+        words = program.plain_words(command)
+        if words is not None:
+            plain.append((command, words))
+    assert len(plain) > 1000
+    script = "".join(
+        f"printf '%s\\1' {command}; printf '\\2'\n" for command, _ in plain
+    )
+    shell = subprocess.run(
+        ["sh", "-s"],
+        input=script.encode(),
+        cwd=tmp_path,
+        capture_output=True,
+        check=True,
+    )
+    made = [said.split("\1")[:-1] for said in shell.stdout.decode().split("\2")[:-1]]
+    assert made == [words for _, words in plain]
+
+
+def said_by(*command: str) -> str:
+    """What a program says on standard output."""
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+
+@pytest.mark.parametrize("shell", ["sh", "bash"])
+def test_what_the_shell_does_itself(shell: str) -> None:
+    """No program is run in the place of a word that means something to a shell."""
+    if shutil.which("bash") is None:
+        pytest.skip("only bash says which words these might be")
+    words = {*said_by("bash", "-c", "compgen -b -k").split(), "chdir", "newgrp"}
+    types = said_by(shell, "-c", 'for w; do type "$w"; done', shell, *sorted(words))
+    own = re.findall(r"^(\S+) is a (?:special )?shell (?:builtin|keyword)", types, re.M)
+    assert len(own) > 30
+    assert [word for word in own if program.plain_words(f"{word} x")] == []
 
 
 # --- The last line of standard error -----------------------------------------

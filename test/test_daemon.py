@@ -941,6 +941,17 @@ def limited(what: int, number: int) -> Callable[[], None]:
     return lambda: resource.setrlimit(what, (number, number))
 
 
+def test_limit_of_descriptors_is_raised(proxsmtpd: StartDaemon) -> None:
+    """To what the manual says that so many connections need."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    daemon = proxsmtpd(
+        {"MaxConnections": 30},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, most)),
+    )
+    raised = resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE)
+    assert raised == (min(30 * 10 + 32, most), most)
+
+
 def test_no_descriptors_left(proxsmtpd: StartDaemon) -> None:
     """Whoever cannot be served is refused or waits; the daemon lives and sleeps."""
     daemon = proxsmtpd(

@@ -539,6 +539,29 @@ def xclient_attributes(connection: Recorded) -> dict[bytes, bytes]:
     return dict(pairs)
 
 
+@pytest.mark.parametrize("code", [450, 451, 454, 500, 501, 502, 503, 504, 550, 554])
+def test_xclient_that_is_refused(
+    code: int, make_server: MakeServer, proxsmtpd: StartDaemon
+) -> None:
+    """Some codes speak of the command or of us, and then the mail goes on."""
+    refusal = b"%d 5.0.0 No\r\n" % code
+    server = make_server(
+        {"XCLIENT": refusal}, extensions=(b"XCLIENT NAME ADDR", b"SIZE 1000")
+    )
+    daemon = proxsmtpd({"XClient": "on"}, server=server)
+    client = daemon.connect()
+    client.reply()
+    if code in (500, 501, 502, 503, 504, 550):
+        client.expect(b"EHLO client.example", b"250")
+        daemon.wait_log("server didn't accept XCLIENT")
+        client.envelope()
+        assert client.message(b"Hello\r\n") == b"250 2.0.0 Ok: queued\r\n"
+    else:
+        assert client.command(b"EHLO client.example") == refusal
+        assert client.command(b"MAIL FROM:<a@example.com>") == refusal
+        assert "didn't accept" not in daemon.log()
+
+
 def test_xclient_attributes(make_server: MakeServer, proxsmtpd: StartDaemon) -> None:
     server = make_server(extensions=[ALL_ATTRIBUTES])
     daemon = proxsmtpd({"XClient": "on"}, server=server)

@@ -46,6 +46,16 @@ def test_transparent_proxy_is_an_error(kind: str, proxsmtpd: StartDaemon) -> Non
     daemon.wait_log(r":\d+: invalid value for TransparentProxy \(only Linux has it\)$")
 
 
+def test_environment_of_a_filter(proxsmtpd: StartDaemon, tmp_path: Path) -> None:
+    saved = tmp_path / "environment"
+    command = f"env >{saved}; cat"
+    daemon = proxsmtpd({"FilterCommand": command}, env={"OURS": "1", "SENDER": "x"})
+    assert test_filter.deliver(daemon) == test_filter.QUEUED
+    found = dict(line.split("=", 1) for line in saved.read_text().splitlines())
+    assert (found["OURS"], found["SENDER"]) == ("1", "a@example.com")
+    assert found["PATH"] == os.environ["PATH"]
+
+
 def test_statistics_of_what_can_be_counted(proxsmtpd: StartDaemon) -> None:
     daemon = proxsmtpd()
     daemon.process.send_signal(signal.SIGUSR1)

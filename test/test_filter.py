@@ -537,6 +537,17 @@ time.sleep(60)
     assert not alive(int(pid.read_text()))
 
 
+def test_time_out_of_a_filter_that_has_stopped_itself(
+    proxsmtpd: StartDaemon, tmp_path: Path
+) -> None:
+    """It is woken, so that it can clean up."""
+    told = tmp_path / "told"
+    command = f"trap 'echo clean > {told}; exit' TERM; kill -STOP $$; sleep 60 & wait"
+    daemon = proxsmtpd({"FilterCommand": command, "FilterTimeout": 1})
+    assert deliver(daemon) == LOCAL_ERROR
+    assert told.read_text() == "clean\n"
+
+
 def test_time_out_gives_all_of_the_group_time_to_clean_up(
     proxsmtpd: StartDaemon, tmp_path: Path
 ) -> None:
