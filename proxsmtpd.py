@@ -112,7 +112,7 @@ FOR_EVER = 2_000_000  # seconds, 23 days
 STACK_SIZE = 512 * 1024
 MEMORY_MARGIN = 4 * 1024 * 1024  # octets that must be free for one more session
 LIVELY = 0.05  # seconds in which a client in full swing sends its next octets
-HOLD = 0.5  # seconds of the server's for which replies to pipelined commands wait
+REPLY_HOLD = 0.5  # seconds of the server's for which replies to pipelined commands wait
 LINGER = 2.0  # seconds for a client to read our last word
 LINGER_OCTETS = 16 * 1024 * 1024
 # Seconds for messages under way when the daemon ends, then for their filters after
@@ -738,7 +738,7 @@ class Reply(bytes):
 
     @property
     def text(self) -> str:
-        """All of it on one line, for the log, but for what nobody could read."""
+        """All of it on one line, for the log, cut where it gets very long."""
         return " ".join(map(printable, self[:REPLY_SHOWN].split(b"\r\n"))).rstrip(" ")
 
 
@@ -1924,7 +1924,7 @@ class ServerChannel(Channel):
 
     def _wait(self) -> bytes:
         client = self._client
-        if client is not None and client.holds_replies and not self.wait(HOLD):
+        if client is not None and client.holds_replies and not self.wait(REPLY_HOLD):
             client.flush()
         octets = self.receive()
         if octets is None:
@@ -2159,11 +2159,11 @@ class NamedSpool(Spool):
     nobody closes the spool.  Raises OSError when the file cannot be made.
     """
 
-    def __init__(self, directory: bytes, names: set[bytes]) -> None:
+    def __init__(self, directory: bytes, names: dict[bytes, None]) -> None:
         super().__init__(directory)
         self._file, self.path = create_file(directory)
         self._names = names
-        self._names.add(self.path)
+        self._names[self.path] = None
 
     def reopen(self) -> None:
         """See what the filter has made of the file.
@@ -2185,7 +2185,7 @@ class NamedSpool(Spool):
         self.size = status.st_size
 
     def close(self) -> None:
-        self._names.discard(self.path)
+        self._names.pop(self.path, None)
         super().close()
         try:
             os.unlink(self.path)
@@ -2726,7 +2726,6 @@ class RunningFilters:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        # No set: where memory ends as it grows, one comes to be full for ever.
         self._processes: dict[FilterProcess, None] = {}
         self._closed = False
 
@@ -2852,7 +2851,11 @@ def count_entries(directory: str) -> str:
 
 
 class Shared(NamedTuple):
-    """What all sessions have in common."""
+    """What all sessions have in common.
+
+    None of it holds a set: CPython's is full for ever, and its next user waits as
+    long, where memory runs out as it grows.
+    """
 
     config: Config
     log: Log
@@ -2860,7 +2863,7 @@ class Shared(NamedTuple):
     filters: RunningFilters
     processors: Processors
     statistics: Statistics
-    named_files: set[bytes]  # the temporary ones that there are now
+    named_files: dict[bytes, None]  # the temporary ones that there are now
     ending: PollableEvent  # what is not in its DATA phase ends
     grace_over: PollableEvent  # what is ends as well
 
@@ -2879,7 +2882,7 @@ def share(
         RunningFilters(),
         processors,
         Statistics(),
-        named_files=set(),
+        named_files={},
         ending=PollableEvent(),
         grace_over=PollableEvent(),
     )
@@ -3077,7 +3080,6 @@ class Session:
         self._local_peer: Optional[Peer] = None  # if a PROXY header names it
         self._phase = Phase.COMMAND
         self._envelope = Envelope()
-        self._hello: Optional[Command] = None
         self._introduction = (
             Introduction.DUE if self.config.xclient else Introduction.MADE
         )
@@ -3320,7 +3322,6 @@ class Session:
                 reply = self._relay(command)
         if reply.code != 250:
             return reply
-        self._hello = command
         self._envelope = Envelope()
         self._server_has_size = offered_attributes(reply, b"SIZE") is not None
         return rewrite_hello(
@@ -3377,9 +3378,8 @@ class Session:
     def _mail(self, command: Command) -> Reply:
         if self._rejects:
             raise Refusal(*self.config.filter_reject.lines)
-        if self._hello is None:
-            # Not every server insists on EHLO, and it must know whose mail it is.
-            self._introduce(XCLIENT_UNLISTED, None)
+        # Not every server insists on EHLO, and it must know whose mail it is.
+        self._introduce(XCLIENT_UNLISTED, None)
         self._check_client()
         reply = self._relay(self._within_size(command))
         if reply.is_success:
@@ -3791,7 +3791,6 @@ class Slots:
     def __init__(self, most: int) -> None:
         self._most = most
         self._lock = threading.Lock()
-        # No set: where memory ends as it grows, one comes to be full for ever.
         self._taken: dict[weakref.ref[socket.socket], None] = {}
 
     def __len__(self) -> int:

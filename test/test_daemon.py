@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
@@ -136,6 +137,7 @@ def test_check_finds_errors(config: Callable[[str], Path]) -> None:
 
 
 WARNED = {
+    "Header: X-A: %q %i": "invalid header symbol: %q",
     "TempDirectory: /nowhere/at/all": "/nowhere/at/all",
     "TempDirectory: /etc/passwd": "/etc/passwd",
     "FilterCommand: /nowhere/filter --strict": "/nowhere/filter",
@@ -1196,19 +1198,59 @@ def test_syslog(detach: Detach, place: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as log:
         log.settimeout(PATIENCE)
         program = mounted(fake_devices(place, log), "/dev")
-        daemon = detach({"FilterCommand": "cat"}, program=program)
-        assert send(daemon.address) == QUEUED
+        daemon = detach({"FilterCommand": "exit 127"}, program=program)
+        assert send(daemon.address) == b"451 Local Error\r\n"
         records: list[bytes] = []
-        while not records or b"status=FILTERED" not in records[-1]:
+        while not records or b"status=FILTER-ERROR" not in records[-1]:
             records.append(log.recv(65536))
+        os.kill(daemon.pid, signal.SIGUSR1)
+        records.append(log.recv(65536))
         daemon.end()
     form = rb"<(\d+)>[A-Z][a-z]{2} [ \d]\d \d\d:\d\d:\d\d proxsmtpd(\[\d+\])?: .*"
     found = [re.fullmatch(form, record.rstrip(b"\0\n")) for record in records]
     assert all(found), records
     priorities = [int(match[1]) for match in found if match]
     assert {priority >> 3 for priority in priorities} == {2}
-    assert max(priority & 7 for priority in priorities) < 7
-    assert any(b": client=127.0.0.1, from=a@example.com" in r for r in records)
+    levels = dict(zip(records, (priority & 7 for priority in priorities)))
+    for text, level in {
+        b": filter command could not be run": 3,
+        b": running as root is NOT recommended": 4,
+        b": statistics: since ": 5,
+        b": running as a daemon": 6,
+        b": client=127.0.0.1, from=a@example.com": 6,
+    }.items():
+        assert [n for r, n in levels.items() if text in r] == [level], text
+    assert max(levels.values()) < 7
+
+
+@as_root
+@with_mounts
+def test_syslog_of_very_many_recipients(detach: Detach, place: Path) -> None:
+    """Each line is short enough for a daemon that takes 8 KiB, and is whole."""
+    recipients = [b"<%03d%s@example.com>" % (n, b"\xe4" * 200) for n in range(500)]
+    found: list[bytes] = []
+
+    def read(log: socket.socket) -> None:
+        while len(found) < len(recipients):
+            record = log.recv(1 << 20).rstrip(b"\0\n")
+            if b"client=" in record:
+                assert record.endswith(b", status=FILTERED")
+                assert len(record) < 8192
+                found.extend(re.findall(rb", to=(\d{3})", record))
+
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as log,
+        ThreadPoolExecutor() as reader,
+    ):
+        log.settimeout(PATIENCE)
+        program = mounted(fake_devices(place, log), "/dev")
+        daemon = detach({"FilterCommand": "cat"}, program=program)
+        reading = reader.submit(read, log)
+        with RawClient(daemon.address) as client:
+            assert client.message(MESSAGE, recipients=recipients) == QUEUED
+        reading.result()
+        daemon.end()
+    assert found == [b"%03d" % number for number in range(500)]
 
 
 def fake_devices(place: Path, log: socket.socket) -> Path:

@@ -57,7 +57,7 @@ from typing import Callable
 import pytest
 
 from conftest import Daemon, MakeServer, StartDaemon, port_of, reserve_port
-from proxsmtpd import HOLD
+from proxsmtpd import REPLY_HOLD
 from smtp import (
     Action,
     Chunks,
@@ -330,7 +330,7 @@ def test_one_command_at_a_time(make_server: MakeServer, proxsmtpd: StartDaemon) 
     assert early == []
 
 
-SLOW = HOLD + 1  # seconds
+SLOW = REPLY_HOLD + 1  # seconds
 
 
 def test_replies_are_not_held_back_for_a_slow_server(
@@ -355,14 +355,14 @@ def test_acceptance_is_told_before_the_next_command(
 ) -> None:
     """A client that gave up meanwhile would send the message again."""
     ok = b"250 2.1.0 Ok\r\n"
-    server = make_server({"MAIL": [ok, Delay(HOLD, ok)]})
+    server = make_server({"MAIL": [ok, Delay(REPLY_HOLD, ok)]})
     client = proxsmtpd(settings, server=server).connect()
     client.start()
     client.expect(b"DATA", b"354")
     begin = time.monotonic()
     client.send(b"Hello\r\n.\r\nMAIL FROM:<a@example.com>\r\n")
     assert client.reply() == b"250 2.0.0 Ok: queued\r\n"
-    assert time.monotonic() - begin < HOLD
+    assert time.monotonic() - begin < REPLY_HOLD
     assert client.reply() == ok
 
 
@@ -522,6 +522,25 @@ def test_server_gone_in_streamed_data(
     for _ in range(40):
         client.send(b"0123456789abcdef" * 8192 + b"\r\n")
     assert client.command(b".")[:3] in (b"421", b"451")
+    assert client.eof()
+
+
+def test_server_says_why_it_goes_in_streamed_data(
+    make_server: MakeServer, proxsmtpd: StartDaemon
+) -> None:
+    """The client hears that, and not just that it has gone."""
+    server = make_server()
+    client = proxsmtpd(server=server).connect()
+    client.start()
+    client.expect(b"DATA", b"354")
+    client.send(b"0123456789abcdef\r\n" * 100_000)
+    connection = server.connections[0]
+    server.wait_for(lambda: b"0123456789abcdef" in connection.received)
+    connection.send(b"421 4.3.2 Closing\r\n")
+    connection.hang_up()
+    for _ in range(40):
+        client.send(b"0123456789abcdef" * 8192 + b"\r\n")
+    assert client.command(b".") == b"421 4.3.2 Closing\r\n"
     assert client.eof()
 
 

@@ -675,6 +675,7 @@ GOOD: dict[str, tuple[bytes, Optional[Ends]]] = {
     "v2-local-with-fields": (v2(UNSPEC, tlv(NOOP, b"12"), command=LOCAL), None),
     "v2-local-with-addresses": (v2(TCP4, block(FOUR), command=LOCAL), None),
     "v2-local-unix": (v2(UNIX, bytes(216), command=LOCAL), None),
+    "v2-local-of-no-known-family": (v2(0xFF, bytes(5), command=LOCAL), None),
     "v2-fields": (
         v2(
             TCP4,
@@ -905,6 +906,8 @@ def test_daemon_ends_before_header(
     daemon = proxsmtpd({"ProxyProtocol": "on"})
     client = connect(daemon)
     client.send(b"PROXY ")
-    assert daemon.stop() == 0
-    assert client.rest() in (b"", SHUTTING_DOWN + b"\r\n")
+    daemon.process.send_signal(signal.SIGTERM)
+    assert client.line() == SHUTTING_DOWN + b"\r\n"
+    client.close()
+    assert daemon.wait() == 0
     assert server.connections == []

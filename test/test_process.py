@@ -118,6 +118,25 @@ def test_filter_that_is_told_to_end_at_its_end(
         process.finish(5, NO_KEEP_ALIVE)
 
 
+def test_filter_that_would_start_when_all_are_ended(process: FilterProcess) -> None:
+    filters = program.RunningFilters()
+    filters.end_all(signal.SIGTERM)
+    with pytest.raises(FilterFailure, match="the daemon ends"):
+        filters.listed(process).__enter__()
+
+
+def test_filters_that_are_not_running_any_more(process: FilterProcess) -> None:
+    """They are forgotten, and nobody sends them a signal."""
+    filters = program.RunningFilters()
+    with filters.listed(process):
+        pass
+    filters.end_all(signal.SIGTERM)
+    with process:
+        process.start("true", os.environb)
+        assert process.finish(5, NO_KEEP_ALIVE) == (0, b"")
+        process.release()
+
+
 # --- Without what a filter is watched by ---
 
 
@@ -209,7 +228,7 @@ def test_ipv6_where_a_socket_cannot_serve_ipv4(
         set_option(sock, level, option, value)
 
     monkeypatch.setattr(socket.socket, "setsockopt", refuse)
-    with reserve_port("::1") as holder:
+    with reserve_port(host.strip("[]")) as holder:
         listen = f"{host}:{port_of(holder)}"
         config, errors = program.parse_config(
             f"OutAddress: 25\nListen: {listen}\n".encode(), ""
@@ -234,3 +253,19 @@ def test_pid_file_where_nobody_may_make_one(
     monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(PermissionError):
         program.PidFile(str(tmp_path / "pid"))
+
+
+def test_privileges_that_can_be_had_again(
+    said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the system says of the change of user, that is looked at."""
+
+    def succeed(*_arguments: Any) -> None:
+        pass
+
+    for name in ("initgroups", "setgid", "setuid"):
+        monkeypatch.setattr(os, name, succeed)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    config, _ = program.parse_config(b"OutAddress: 25\nUser: nobody\n", "")
+    with pytest.raises(program.SystemRefused, match="completely drop privileges"):
+        program.drop_privileges(config, said.log)
