@@ -527,6 +527,9 @@ _PLAIN_VERB = re.compile(rb"[!-~]*")
 # What we must not miss when a server takes something else for it: some compare
 # four letters only, some take abbreviations.
 _GUARDED_VERBS = (b"MAIL", b"RCPT", b"AUTH", b"DATA", b"BDAT", b"BURL", b"XCLIENT")
+_GUARDED_BY_START = {
+    verb[:length]: verb for verb in reversed(_GUARDED_VERBS) for length in range(1, 5)
+}
 # The last of them are ours to refuse, however many letters more they have.
 _NEVER_PLAIN = frozenset(_GUARDED_VERBS[3:])
 
@@ -561,21 +564,14 @@ class Command(NamedTuple):
         verb = match[1].upper()
         if not _PLAIN_VERB.fullmatch(verb):
             raise Refusal(BAD_CHARACTER)
-        guarded = _guarded_verb(verb)
+        # The verb that a server might take this one for.
+        guarded = _GUARDED_BY_START.get(verb[:4], b"")
         if guarded not in (b"", verb):
             if guarded not in _NEVER_PLAIN or guarded.startswith(verb):
                 raise Refusal(UNRECOGNIZED)
             rest = line[match.start(1) + 4 :].rstrip(_BLANKS)
             return cls(line, guarded, rest)
         return cls(line, verb, line[match.end() :].rstrip(_BLANKS))
-
-
-def _guarded_verb(verb: bytes) -> bytes:
-    """The guarded verb that a server might take this one for; empty if none."""
-    for guarded in _GUARDED_VERBS:
-        if verb and (verb.startswith(guarded[:4]) or guarded.startswith(verb)):
-            return guarded
-    return b""
 
 
 # RFC 5321 4.1.2: Path = "<" [ A-d-l ":" ] Mailbox ">", where the local part may
@@ -705,6 +701,10 @@ def xclient_command(
 
 # Reply-line = *( Reply-code "-" [ textstring ] CRLF ) Reply-code [ SP textstring ] CRLF
 _REPLY_LINE = re.compile(rb"([2-5][0-9][0-9])(?:([ -])|$)", re.DOTALL)
+# What nearly every reply is.
+_PLAIN_REPLY = re.compile(
+    rb"[2-5][0-9][0-9](?: [^\0\r\n]{0,%d})?\r\n" % REPLY_LINE_LIMIT
+)
 _CODED_LINE = re.compile(rb"([245][0-9][0-9])(?:[ -](.*))?", re.DOTALL)
 # A client might take a bare CR for the end of the line.
 _LINE_BREAKS_TO_MARK = bytes.maketrans(b"\r\n\0", b"???")
@@ -757,12 +757,21 @@ class ReplyBuffer:
     def feed(self, octets: bytes) -> None:
         self._octets += octets
 
+    def take(self, octets: bytes) -> Optional[Reply]:
+        """Feed octets, and return the next reply, as `next_reply` does."""
+        if not self and _PLAIN_REPLY.fullmatch(octets):
+            return Reply(octets)
+        self.feed(octets)
+        return self.next_reply()
+
     def next_reply(self) -> Optional[Reply]:
         """The next whole reply, or None until more has come.
 
         A bare CR or NUL in it becomes a question mark.  Raises `BadReply` for
         what is no reply: no code, codes that differ, or no end in sight.
         """
+        if not self._octets:
+            return None
         line = self._next_line()
         while line is not None:
             if self._add(line):
@@ -897,6 +906,8 @@ class CommandBuffer:
         in a bare LF behind which nothing has come: a client that ends its lines so
         would wait for ever.
         """
+        if not self._octets:
+            return None
         end = self._octets.find(b"\r\n", self._scanned)
         if end < 0:
             self._check_unfinished()
@@ -1693,6 +1704,7 @@ def reason(error: OSError) -> str:
 # ---------------------------------------------------------------------------
 
 _AGAIN = (errno.EAGAIN, errno.EWOULDBLOCK)
+_PEEK = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
 # Linux and FreeBSD tell of a closed peer behind octets that were not read yet.
 _HUNG_UP = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)
 
@@ -1706,19 +1718,24 @@ _TIMEVALS = {
 
 
 @functools.cache
-def _timeval() -> struct.Struct:
+def timeval_form() -> struct.Struct:
     """This system's struct timeval, which Python does not tell of."""
     with socket.socket(socket.AF_UNIX) as probe:
         value = probe.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 32)
     return _TIMEVALS[len(value)]
 
 
+@functools.lru_cache
+def timeval(seconds: float) -> bytes:
+    """A time as struct timeval."""
+    whole = int(seconds)
+    return timeval_form().pack(whole, int((seconds - whole) * 1_000_000))
+
+
 def set_timeout(sock: socket.socket, option: int, seconds: float) -> None:
     """Set SO_RCVTIMEO or SO_SNDTIMEO, by which one system call does the work of
     two: a Python timeout asks poll before each."""
-    whole = int(seconds)
-    microseconds = int((seconds - whole) * 1_000_000)
-    sock.setsockopt(socket.SOL_SOCKET, option, _timeval().pack(whole, microseconds))
+    sock.setsockopt(socket.SOL_SOCKET, option, timeval(seconds))
 
 
 class Channel:
@@ -1783,7 +1800,7 @@ class Channel:
     def _peek(self) -> Optional[bytes]:
         """The next octet without taking it; None if none is there yet."""
         try:
-            return self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            return self._socket.recv(1, _PEEK)
         except OSError as error:
             return None if error.errno in _AGAIN else b""
 
@@ -1915,8 +1932,7 @@ class ServerChannel(Channel):
         try:
             reply = self._replies.next_reply()
             while reply is None:
-                self._replies.feed(self._wait())
-                reply = self._replies.next_reply()
+                reply = self._replies.take(self._wait())
         except BadReply as error:
             raise ServerLost(f"SERVER: {error}", SERVER_CONFUSED) from error
         self._log.dialogue(self.side, "<", reply)
@@ -3198,9 +3214,6 @@ class Session:
         return self.client.original_destination(self.client_peer)
 
     def _converse(self) -> None:
-        self._poller = select.poll()
-        for watched in (self.client, self.server, self.shared.ending):
-            self._poller.register(watched.fileno(), select.POLLIN)
         self._greet()
         while self._phase is not Phase.NONE:
             self._step()
@@ -3263,10 +3276,11 @@ class Session:
 
     def _watch_all(self) -> None:
         """Wait until the client speaks; Hangup for everything else."""
-        ready = {
-            descriptor
-            for descriptor, _ in self._poller.poll(self.config.timeout * 1000)
-        }
+        poller = select.poll()
+        for watched in (self.client, self.server, self.shared.ending):
+            poller.register(watched.fileno(), select.POLLIN)
+        timeout = self.config.timeout * 1000
+        ready = [descriptor for descriptor, _ in poller.poll(timeout)]
         if not ready:
             raise Hangup("CLIENT: network read operation timed out", CLIENT_TIMED_OUT)
         if self.server.fileno() in ready:
@@ -3886,8 +3900,10 @@ class Server(socketserver.ThreadingTCPServer):
         poller.register(self._signals.fileno(), select.POLLIN)
         self._log.debug("accepting connections")
         while not self._signals.count:
-            with self._patience():
+            try:
                 self._serve_once(poller)
+            except MemoryError:
+                self._await_memory()
 
     def _serve_once(self, poller: select.poll) -> None:
         self._shared.processors.check()
@@ -3901,14 +3917,10 @@ class Server(socketserver.ThreadingTCPServer):
             else:
                 self._signals.drain()
 
-    @contextlib.contextmanager
-    def _patience(self) -> Iterator[None]:
-        """Without memory, wait a moment: it will come back when sessions end."""
-        try:
-            yield
-        except MemoryError:
-            time.sleep(ACCEPT_PAUSE)
-            self._note_exhaustion("out of memory")
+    def _await_memory(self) -> None:
+        """Wait a moment: memory will come back when sessions end."""
+        time.sleep(ACCEPT_PAUSE)
+        self._note_exhaustion("out of memory")
 
     def _accept(self) -> None:
         """Accept a connection; where the system is exhausted, refuse it or wait."""
@@ -3971,7 +3983,7 @@ class Server(socketserver.ThreadingTCPServer):
         try:
             # Sessions must not take all memory there is: without any, CPython's
             # handling of an exception may begin anew for ever.
-            mmap.mmap(-1, MEMORY_MARGIN).close()
+            mmap.mmap(-1, MEMORY_MARGIN, mmap.MAP_PRIVATE).close()
             # Not threading.Thread, whose start waits until the thread runs.
             _thread.start_new_thread(
                 self.process_request_thread, (request, client_address)
@@ -4034,10 +4046,12 @@ class Server(socketserver.ThreadingTCPServer):
         deadline = time.monotonic() + seconds
         left = seconds
         while left > 0 and self._signals.count < signals:
-            with self._patience():
+            try:
                 if not self._slots.are_taken():
                     break
                 self._signals.wait(left)
+            except MemoryError:
+                self._await_memory()
             left = deadline - time.monotonic()
 
     def shutdown_request(self, request: Any) -> None:
@@ -4767,7 +4781,7 @@ def start(
     name_process()
     tidy_descriptors()
     raise_descriptor_limit(config)
-    _timeval()  # while there are descriptors
+    timeval_form()  # while there are descriptors
     tell_warnings(config, options, log)
     signals = Signals()
     signals.install()  # first, since whoever sees us listen may send one

@@ -295,8 +295,7 @@ def replies_in(pieces: Sequence[bytes]) -> list[bytes] | None:
     found: list[bytes] = []
     try:
         for piece in pieces:
-            buffer.feed(piece)
-            reply = buffer.next_reply()
+            reply = buffer.take(piece)
             while reply is not None:
                 found.append(reply)
                 reply = buffer.next_reply()

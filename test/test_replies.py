@@ -26,8 +26,7 @@ def replies(buffer: ReplyBuffer, pieces: Sequence[bytes]) -> list[Reply]:
     """The replies that come out of a buffer as the pieces go in."""
     found = []
     for piece in pieces:
-        buffer.feed(piece)
-        reply = buffer.next_reply()
+        reply = buffer.take(piece)
         while reply is not None:
             found.append(reply)
             reply = buffer.next_reply()
