@@ -205,14 +205,19 @@ def test_variables() -> None:
 
 # Commands without anything for the shell to do, and their words.
 PLAIN_COMMANDS = {
-    "cat": ["cat"],
-    "/usr/bin/spamc -d 127.0.0.1 -p783": ["/usr/bin/spamc", "-d", "127.0.0.1", "-p783"],
-    " ./filter\t--user=mail,nobody  a@b:c%d+e_f ": [
-        "./filter",
-        "--user=mail,nobody",
-        "a@b:c%d+e_f",
+    "cat": [b"cat"],
+    "/usr/bin/spamc -d 127.0.0.1 -p783": [
+        b"/usr/bin/spamc",
+        b"-d",
+        b"127.0.0.1",
+        b"-p783",
     ],
-    "nice exec": ["nice", "exec"],
+    " ./filter\t--user=mail,nobody  a@b:c%d+e_f ": [
+        b"./filter",
+        b"--user=mail,nobody",
+        b"a@b:c%d+e_f",
+    ],
+    "nice exec": [b"nice", b"exec"],
 }
 COMMANDS_FOR_THE_SHELL = (
     "",
@@ -263,7 +268,7 @@ def test_shell_makes_the_same_words(tmp_path: Path) -> None:
         capture_output=True,
         check=True,
     )
-    made = [said.split("\1")[:-1] for said in shell.stdout.decode().split("\2")[:-1]]
+    made = [said.split(b"\1")[:-1] for said in shell.stdout.split(b"\2")[:-1]]
     assert made == [words for _, words in plain]
 
 

@@ -8,9 +8,11 @@ what the filter saw.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import resource
+import shutil
 import signal
 import sys
 import threading
@@ -410,6 +412,29 @@ def test_process_group_and_signals(proxsmtpd: StartDaemon, tmp_path: Path) -> No
     assert int(masks["SigBlk"], 16) == 0
     # Only the ordinary ones: posix_spawn ignores two that are the C library's own.
     assert int(masks["SigIgn"], 16) & 0x7FFFFFFF == 0
+
+
+@pytest.mark.skipif(not hasattr(fcntl, "F_SETLEASE"), reason="only Linux has leases")
+def test_program_that_takes_long_to_start(
+    proxsmtpd: StartDaemon, server: ScriptedServer, tmp_path: Path
+) -> None:
+    """Nobody else waits until its file system has found it."""
+    cat = shutil.which("cat")
+    assert cat is not None
+    slow = tmp_path / "slow"
+    shutil.copy(cat, slow)
+    daemon = proxsmtpd({"FilterCommand": slow})
+    with slow.open("rb") as file:
+        # Whoever opens the file waits until we have given the lease back.
+        fcntl.fcntl(file, fcntl.F_SETSIG, signal.SIGURG)  # which ends nobody
+        fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        with start_message(daemon) as client:
+            assert poll(lambda: fcntl.fcntl(file, fcntl.F_GETLEASE) != fcntl.F_WRLCK)
+            assert daemon.connect().reply() == b"220 smtp.passthru\r\n"
+            assert server.messages == []
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+            assert client.reply() == QUEUED
+    assert server.wait_message().data == MESSAGE
 
 
 def test_shell_command_line(proxsmtpd: StartDaemon, server: ScriptedServer) -> None:

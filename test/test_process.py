@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ from proxsmtpd import (
     KeepAlive,
     Log,
     Processors,
+    Spawn,
+    UnlockedSpawn,
 )
 
 NO_KEEP_ALIVE = KeepAlive(0, lambda: None)
@@ -135,6 +138,88 @@ def test_filters_that_are_not_running_any_more(process: FilterProcess) -> None:
         process.start("true", os.environb)
         assert process.finish(5, NO_KEEP_ALIVE) == (0, b"")
         process.release()
+
+
+# --- How a program is started ---
+
+
+@pytest.fixture(params=["locked", "unlocked"])
+def spawn(request: pytest.FixtureRequest) -> Spawn:
+    if request.param == "locked":
+        return program.spawn_locked
+    if not program.IS_LINUX:
+        pytest.skip("only Linux's C library is called by us")
+    return UnlockedSpawn()
+
+
+def test_what_a_program_is_started_with(spawn: Spawn, tmp_path: Path) -> None:
+    files = []
+    for name in ("in", "out", "err"):
+        (tmp_path / name).write_text("to be read\n" if name == "in" else "")
+        files.append(os.open(tmp_path / name, os.O_RDWR))
+    script = """
+        cat
+        printf '%s\\n' "$0" "$@" "$VARIABLE"
+        env | wc -l
+        cat /proc/$$/stat
+        grep ^Sig /proc/$$/status
+        echo error >&2"""
+    words = [b"name", b"-c", script.encode(), b"zero", b"\xe4 b", b""]
+    environment = {b"PATH": os.environb[b"PATH"], b"VARIABLE": b"a=b\n\xff"}
+    ignored = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    try:
+        pid = spawn(b"/bin/sh", words, environment, files)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        signal.signal(signal.SIGUSR2, ignored)
+        for file in files:
+            os.close(file)
+    assert program.wait_for_exit(pid) == 0
+    assert (tmp_path / "err").read_text() == "error\n"
+    said = (tmp_path / "out").read_bytes()
+    begin = b"to be read\nzero\n\xe4 b\n\na=b\n\xff\n"
+    assert said.startswith(begin)
+    count, process, *rest = said.removeprefix(begin).decode().splitlines()
+    masks = dict(line.split(":\t") for line in rest if line.startswith("Sig"))
+    assert int(count) >= 3  # the second variable has two lines; dash adds PWD
+    assert int(process.rpartition(")")[2].split()[2]) == pid
+    assert int(masks["SigBlk"], 16) == 0
+    assert int(masks["SigIgn"], 16) & 0x7FFFFFFF == 0
+
+
+def test_program_is_found_by_path(spawn: Spawn) -> None:
+    pid = spawn(b"true", [b"true"], {}, (0, 1, 2))
+    assert program.wait_for_exit(pid) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "number"),
+    [
+        (b"/nowhere/filter", b"", errno.ENOENT),
+        (b"no-such-filter", b"", errno.ENOENT),
+        (b"/etc/passwd", b"", errno.EACCES),
+        (b"/bin/true", bytes([65]) * program.VARIABLE_LIMIT, errno.E2BIG),
+    ],
+)
+def test_program_that_cannot_be_started(
+    name: bytes, argument: bytes, number: int, spawn: Spawn
+) -> None:
+    with pytest.raises(OSError, match=os.strerror(number)) as caught:
+        spawn(name, [name, argument], os.environb, (0, 1, 2))
+    assert caught.value.errno == number
+
+
+def test_descriptor_that_a_program_cannot_have(spawn: Spawn) -> None:
+    with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
+        spawn(b"true", [b"true"], {}, (0, 1, 1_000_000))
+
+
+def test_python_without_ctypes(monkeypatch: pytest.MonkeyPatch) -> None:
+    program.best_spawn.cache_clear()
+    monkeypatch.setitem(sys.modules, "ctypes", None)
+    assert program.best_spawn() is program.spawn_locked
+    program.best_spawn.cache_clear()
 
 
 # --- Without what a filter is watched by ---
