@@ -55,6 +55,7 @@ bench:
 # since what pytest itself imports need not be written for 3.9.
 lint: $(VENV)/bin/pytest $(VENV)/bin/ruff
 	$(VENV)/bin/ruff check proxsmtpd.py test
+	$(VENV)/bin/ruff format --check proxsmtpd.py test
 	$(VENV)/bin/mypy --python-version 3.9 proxsmtpd.py
 	$(VENV)/bin/mypy proxsmtpd.py test
 	@command -v mandoc >/dev/null || { echo 'lint needs mandoc' >&2; exit 1; }
