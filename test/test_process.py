@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import pytest
 
@@ -215,11 +215,31 @@ def test_descriptor_that_a_program_cannot_have(spawn: Spawn) -> None:
         spawn(b"true", [b"true"], {}, (0, 1, 1_000_000))
 
 
-def test_python_without_ctypes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def best_spawn() -> Iterator[Callable[[], Spawn]]:
+    """The function of that name, which has not been asked yet."""
     program.best_spawn.cache_clear()
+    yield program.best_spawn
+    program.best_spawn.cache_clear()
+
+
+def test_python_without_ctypes(
+    best_spawn: Callable[[], Spawn], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "ctypes", None)
-    assert program.best_spawn() is program.spawn_locked
-    program.best_spawn.cache_clear()
+    assert best_spawn() is program.spawn_locked
+
+
+def test_python_that_may_not_execute_memory(
+    best_spawn: Callable[[], Spawn], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What SELinux does to ctypes, as libffi sees it."""
+
+    def refuse(_self: UnlockedSpawn) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(UnlockedSpawn, "__init__", refuse)
+    assert best_spawn() is program.spawn_locked
 
 
 # --- Without what a filter is watched by ---
