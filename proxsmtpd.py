@@ -1738,6 +1738,15 @@ def set_timeout(sock: socket.socket, option: int, seconds: float) -> None:
     sock.setsockopt(socket.SOL_SOCKET, option, timeval(seconds))
 
 
+def await_readable(seconds: float, *descriptors: int) -> list[int]:
+    """Those of which something can be read, or that hung up; empty when the time
+    is over."""
+    poller = select.poll()
+    for descriptor in descriptors:
+        poller.register(descriptor, select.POLLIN)
+    return [descriptor for descriptor, _ in poller.poll(seconds * 1000)]
+
+
 class Channel:
     """A socket to one side: blocking, with time limits, and the log of its lines.
 
@@ -1792,10 +1801,8 @@ class Channel:
     def wait(self, seconds: float, *others: PollableEvent) -> bool:
         """Wait until this side has spoken or hung up, or for an event; False when
         the time is over."""
-        poller = select.poll()
-        for descriptor in (self.fileno(), *(other.fileno() for other in others)):
-            poller.register(descriptor, select.POLLIN)
-        return bool(poller.poll(seconds * 1000))
+        descriptors = (other.fileno() for other in others)
+        return bool(await_readable(seconds, self.fileno(), *descriptors))
 
     def _peek(self) -> Optional[bytes]:
         """The next octet without taking it; None if none is there yet."""
@@ -2788,13 +2795,11 @@ class FilterProcess:
 
     def _reap_or_leave(self) -> None:
         """Reap the process; one that cannot be ended must not hold up the client."""
-        if self._watch.descriptor in self._handlers:
-            poller = select.poll()
-            poller.register(self._watch.descriptor, select.POLLIN)
-            if not poller.poll(KILL_GRACE * 1000):
-                self._leave()
-                return
-        self._reap()
+        watched = self._watch.descriptor
+        if watched in self._handlers and not await_readable(KILL_GRACE, watched):
+            self._leave()
+        else:
+            self._reap()
 
     def _leave(self) -> None:
         self._log.error(f"filter process cannot be ended (pid {self._pid})")
@@ -3244,14 +3249,12 @@ class Session:
 
     def _await_first_octets(self, deadline: float) -> bytes:
         """What comes before the server is connected to, until a time."""
-        poller = select.poll()
-        poller.register(self.client.fileno(), select.POLLIN)
-        poller.register(self.shared.ending.fileno(), select.POLLIN)
         left = max(0.0, deadline - time.monotonic())
-        ready = [descriptor for descriptor, _ in poller.poll(left * 1000)]
+        ending = self.shared.ending.fileno()
+        ready = await_readable(left, self.client.fileno(), ending)
         if not ready:
             raise Hangup(f"no PROXY header from {self.client_peer.host} in time")
-        if self.shared.ending.fileno() in ready:
+        if ending in ready:
             raise ShuttingDown
         return self.client.receive() or b""
 
@@ -3368,16 +3371,14 @@ class Session:
 
     def _watch_all(self) -> None:
         """Wait until the client speaks; Hangup for everything else."""
-        poller = select.poll()
-        for watched in (self.client, self.server, self.shared.ending):
-            poller.register(watched.fileno(), select.POLLIN)
-        timeout = self.config.timeout * 1000
-        ready = [descriptor for descriptor, _ in poller.poll(timeout)]
+        server, ending = self.server.fileno(), self.shared.ending.fileno()
+        timeout = self.config.timeout
+        ready = await_readable(timeout, self.client.fileno(), server, ending)
         if not ready:
             raise Hangup("CLIENT: network read operation timed out", CLIENT_TIMED_OUT)
-        if self.server.fileno() in ready:
+        if server in ready:
             self.server.relay_unasked(as_answer=False)
-        if self.shared.ending.fileno() in ready:
+        if ending in ready:
             raise ShuttingDown
 
     def _respond(self, line: bytes) -> Optional[Reply]:
@@ -4423,9 +4424,7 @@ class Signals:
 
     def wait(self, seconds: float) -> None:
         """Wait for a signal, or `wake`."""
-        poller = select.poll()
-        poller.register(self._read_end, select.POLLIN)
-        if poller.poll(seconds * 1000):
+        if await_readable(seconds, self._read_end):
             self.drain()
 
     def drain(self) -> None:
@@ -4871,11 +4870,7 @@ def start(
     """
     log.debug(f"starting up ({VERSION})...")
     name_process()
-    tidy_descriptors()
-    raise_descriptor_limit(config)
-    timeval_form()  # while there are descriptors
-    if config.filter_command:
-        best_spawn()  # what it needs is loaded now, not at the first message
+    prepare_resources(config)
     tell_warnings(config, options, log)
     signals = Signals()
     signals.install()  # first, since whoever sees us listen may send one
@@ -4896,6 +4891,15 @@ def start(
         announce(ready)
     manager.tell(b"READY=1")
     return server, manager
+
+
+def prepare_resources(config: Config) -> None:
+    """See that the sessions will have what they need of the system."""
+    tidy_descriptors()
+    raise_descriptor_limit(config)
+    timeval_form()  # while there are descriptors
+    if config.filter_command:
+        best_spawn()  # what it needs is loaded now, not at the first message
 
 
 def tell_warnings(config: Config, options: Options, log: Log) -> None:
