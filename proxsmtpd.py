@@ -87,8 +87,9 @@ COMMAND_LIMIT = 12288
 REPLY_LIMIT = 256 * 1024
 REPLY_LINE_LIMIT = 512
 REPLY_SHOWN = 1024  # octets of a reply in the log
-# What syslog daemons take: rsyslog's default is 8 KiB, with what stands before.
-LOG_LINE_LIMIT = 8000
+# A longer line may be torn apart on a pipe (PIPE_BUF: 4,096) and cut by syslogd.
+LOG_LINE_LIMIT = 4000
+LOG_PATIENCE = 1.0  # seconds to wait for a reader of standard error that has stopped
 XCLIENT_LIMIT = 512
 XCLIENT_VALUE_LIMIT = 255  # octets of an attribute's value that Postfix takes
 PROXY_1_LIMIT = 107  # octets with the CRLF, says the protocol
@@ -213,6 +214,11 @@ class Refusal(ProxsmtpdError):
 
 class FilterFailure(ProxsmtpdError):
     """The filter, or what it needs, failed: the message is to be sent again."""
+
+    @property
+    def reply(self) -> Reply:
+        """What the client gets for it."""
+        return Reply.of(LOCAL_ERROR)
 
 
 class NoRoom(FilterFailure):
@@ -874,6 +880,9 @@ def _one_line(text: bytes) -> Reply:
 # ---------------------------------------------------------------------------
 
 
+_QUIT_AT_END = re.compile(rb"(?:^|\n)[ \t]*QUIT[ \t]*\r\n\Z", re.IGNORECASE)
+
+
 class CommandBuffer:
     """Cuts the octets that come from the client into command lines.
 
@@ -898,6 +907,10 @@ class CommandBuffer:
         self._octets.clear()
         self._scanned = 0
         return octets
+
+    def ends_in_quit(self, more: bytes) -> bool:
+        """Tell whether the last line, once `more` has been fed, is QUIT."""
+        return bool(_QUIT_AT_END.search(self._octets[-COMMAND_LIMIT:] + more))
 
     def next_line(self) -> Optional[bytes]:
         """The next line without its CRLF, or None until more has come.
@@ -1639,11 +1652,37 @@ _PRIORITIES = (
 )
 
 
-def to_standard_error(_level: int, text: str) -> None:
-    """Write one log line in one system call, so that threads' lines stay whole."""
-    # Where nobody reads standard error any more, there is nowhere to say so.
-    with contextlib.suppress(OSError):
+class StandardError:
+    """Writes log lines to standard error, each in one system call to stay whole.
+
+    A reader that stops reading must hold up neither mail nor a signal: after
+    `LOG_PATIENCE` seconds lines are dropped until it reads again, and then counted.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._poller = select.poll()
+        self._poller.register(2, select.POLLOUT)
+        self._dropped = 0  # lines since the reader stopped
+
+    def __call__(self, _level: int, text: str) -> None:
+        # If nobody reads standard error any more, there is nowhere to report it.
+        with self._lock, contextlib.suppress(OSError):
+            lost = f"{self._dropped} log lines lost: standard error was not read"
+            if self._dropped and self._write(lost, 0):
+                self._dropped = 0
+            if not self._write(text, 0 if self._dropped else LOG_PATIENCE):
+                self._dropped += 1
+
+    def _write(self, text: str, seconds: float) -> bool:
+        # Where poll finds room in a pipe, PIPE_BUF octets fit in.
+        if not self._poller.poll(seconds * 1000):
+            return False
         os.write(2, f"{NAME}: {text}\n".encode("ascii", "backslashreplace"))
+        return True
+
+
+to_standard_error = StandardError()
 
 
 def to_syslog(level: int, text: str) -> None:
@@ -1668,9 +1707,14 @@ class Log:
         return Log(self.level, *self.places, prefix=prefix)
 
     def write(self, level: int, text: str) -> None:
-        if level <= self.level:
-            for place in self.places:
-                place(level, self.prefix + text)
+        """Log a text; a very long one takes several lines, marked with dots."""
+        if level > self.level:
+            return
+        for place in self.places:
+            place(level, self.prefix + text[:LOG_LINE_LIMIT])
+            for start in range(LOG_LINE_LIMIT, len(text), LOG_LINE_LIMIT):
+                part = text[start : start + LOG_LINE_LIMIT]
+                place(level, f"{self.prefix}... {part}")
 
     def error(self, text: str) -> None:
         self.write(ERROR, text)
@@ -1705,8 +1749,11 @@ def reason(error: OSError) -> str:
 
 _AGAIN = (errno.EAGAIN, errno.EWOULDBLOCK)
 _PEEK = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
-# Linux and FreeBSD tell of a closed peer behind octets that were not read yet.
-_HUNG_UP = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)
+# The peer has closed its sending side; Linux and FreeBSD report that even before
+# its last octets were read.
+_HUNG_UP = select.POLLHUP | getattr(select, "POLLRDHUP", 0)
+# The connection is broken; only on Linux does POLLHUP mean both directions.
+_RESET = select.POLLERR | (select.POLLHUP if IS_LINUX else 0)
 
 
 # struct timeval by its size; on 32 bits a time has 32 or, since 2038 is near, 64.
@@ -1804,10 +1851,10 @@ class Channel:
         descriptors = (other.fileno() for other in others)
         return bool(await_readable(seconds, self.fileno(), *descriptors))
 
-    def _peek(self) -> Optional[bytes]:
-        """The next octet without taking it; None if none is there yet."""
+    def _peek(self, most: int = 1) -> Optional[bytes]:
+        """Return the next octets without taking them; None if none have come yet."""
         try:
-            return self._socket.recv(1, _PEEK)
+            return self._socket.recv(most, _PEEK)
         except OSError as error:
             return None if error.errno in _AGAIN else b""
 
@@ -1860,14 +1907,24 @@ class ClientChannel(Channel):
         """Whether more has come from the client than was taken."""
         return bool(self.commands) or bool(self._peek())
 
-    def has_hung_up(self) -> bool:
-        """Whether the client has closed its side, or all of the connection."""
+    def has_gone(self) -> bool:
+        """Tell whether the client has gone before it could read our reply.
+
+        One that has sent QUIT and closed its sending side still reads (RFC 5321
+        4.1.1.10); Exim does so with each message.
+        """
         poller = select.poll()
         poller.register(self._socket, select.POLLIN | _HUNG_UP)
         events = poller.poll(0)
         if not events:
             return False
-        return bool(events[0][1] & _HUNG_UP) or self._peek() == b""
+        if events[0][1] & _RESET:
+            return True
+        waiting = self._peek(BLOCK)
+        if waiting is None or (waiting and not events[0][1] & _HUNG_UP):
+            return False
+        # A client with more than a block to come is amid its next message.
+        return len(waiting) < BLOCK and not self.commands.ends_in_quit(waiting)
 
     def original_destination(self, peer: Peer) -> Peer:
         """See the function of that name."""
@@ -1909,6 +1966,7 @@ class ServerChannel(Channel):
         """`client` gets its held replies when this side takes its time."""
         super().__init__(sock, timeout, log)
         set_timeout(sock, socket.SO_RCVTIMEO, timeout)
+        self._timeout = timeout
         self._client = client
         self._replies = ReplyBuffer()
 
@@ -1936,20 +1994,26 @@ class ServerChannel(Channel):
 
     def read_reply(self) -> Reply:
         """Wait for the server's next reply; Hangup if there will be none."""
+        deadline = time.monotonic() + self._timeout
         try:
             reply = self._replies.next_reply()
             while reply is None:
-                reply = self._replies.take(self._wait())
+                reply = self._replies.take(self._wait(deadline))
         except BadReply as error:
             raise ServerLost(f"SERVER: {error}", SERVER_CONFUSED) from error
         self._log.dialogue(self.side, "<", reply)
         return reply
 
-    def _wait(self) -> bytes:
+    def _wait(self, deadline: float) -> bytes:
+        """Wait for octets of a reply, which has to be whole by the deadline."""
         client = self._client
         if client is not None and client.holds_replies and not self.wait(REPLY_HOLD):
             client.flush()
-        octets = self.receive()
+        octets = None
+        # The first recv has the same time limit, and spares most replies a poll.
+        left = deadline - time.monotonic()
+        if not self.has_more or (left > 0 and self.wait(left)):
+            octets = self.receive()
         if octets is None:
             text = "SERVER: network read operation timed out"
             raise ServerLost(text, SERVER_TIMED_OUT)
@@ -3358,28 +3422,30 @@ class Session:
             self.client.flush()
             if self.server.has_more:
                 self.server.relay_unasked(as_answer=False)
-            self.client.commands.feed(self._await_client())
+            if self.client.commands:  # a client may send its line octet by octet
+                self._watch_others(0)
+            octets = self.client.receive()
+            while octets is None:
+                if not self._watch_others(self.config.timeout, self.client.fileno()):
+                    text = "CLIENT: network read operation timed out"
+                    raise Hangup(text, CLIENT_TIMED_OUT)
+                octets = self.client.receive()
+            self.client.commands.feed(octets)
             line = self.client.commands.next_line()
         return line
 
-    def _await_client(self) -> bytes:
-        octets = self.client.receive()
-        while octets is None:
-            self._watch_all()
-            octets = self.client.receive()
-        return octets
+    def _watch_others(self, seconds: float, *client: int) -> list[int]:
+        """Wait until `client` is readable; empty when the time is over.
 
-    def _watch_all(self) -> None:
-        """Wait until the client speaks; Hangup for everything else."""
+        Raises Hangup when the server speaks or the daemon ends.
+        """
         server, ending = self.server.fileno(), self.shared.ending.fileno()
-        timeout = self.config.timeout
-        ready = await_readable(timeout, self.client.fileno(), server, ending)
-        if not ready:
-            raise Hangup("CLIENT: network read operation timed out", CLIENT_TIMED_OUT)
+        ready = await_readable(seconds, server, ending, *client)
         if server in ready:
             self.server.relay_unasked(as_answer=False)
         if ending in ready:
             raise ShuttingDown
+        return ready
 
     def _respond(self, line: bytes) -> Optional[Reply]:
         """The reply to a line; None if it has been given already."""
@@ -3664,9 +3730,9 @@ class Transfer:
         self._begun = time.monotonic()
         self._filter_seconds = 0.0
         self._server_seconds = 0.0  # from the end of data to the word on it
-        self._keep_alive = KeepAlive(
-            self._config.keep_alives, lambda: self._server.tell(b"NOOP")
-        )
+        self._keep_alive = KeepAlive(self._config.keep_alives, self._send_noop)
+        self._watches_server = True  # while data comes
+        self._next_look = 0.0  # when to do so
 
     def stream(self, status: Status) -> None:
         """Past the filter: the server is asked first, then the data flows."""
@@ -3683,14 +3749,30 @@ class Transfer:
         self._settle(outcome)
 
     def _settle(self, outcome: Outcome) -> None:
+        # At once, and before a log that may block: a client that gives up meanwhile
+        # sends an accepted message again.
+        self._session.answer(outcome.reply)
+        self._client.flush()
         self._session.log_message(self._envelope, outcome.status, self._size)
         self._note_times()
-        self._session.answer(outcome.reply)
-        # At once, whatever the client has sent behind it: one that gives up meanwhile
-        # sends an accepted message again.
-        self._client.flush()
         if outcome.is_open and outcome.reply.code != 421:
-            self._server.tell(b"RSET")
+            self._reset_server()
+
+    def _reset_server(self) -> None:
+        """End the mail transaction at the server; Hangup if it goes on."""
+        reply = self._server.ask(b"RSET")
+        if not reply.is_success:
+            last_word = reply.lines if reply.code == 421 else [SERVER_CONFUSED]
+            raise ServerLost(f"SERVER: refused RSET: {reply.text}", *last_word)
+
+    def _send_noop(self) -> None:
+        """Keep the server's connection alive; a refused NOOP is the last one."""
+        reply = self._server.ask(b"NOOP")
+        if reply.code == 421:
+            raise ServerLost(f"SERVER: {reply.text}", *reply.lines)
+        if not reply.is_success:
+            self._log.warning(f"SERVER: refused NOOP, no more KeepAlives: {reply.text}")
+            self._keep_alive.stop()
 
     def _note_times(self) -> None:
         times = self._filter_seconds, self._server_seconds
@@ -3738,33 +3820,63 @@ class Transfer:
         yield block
 
     def _await_octets(self) -> bytes:
+        """Wait for mail data, and watch the server and the daemon's end meanwhile."""
         deadline = time.monotonic() + self._config.timeout
-        grace_over = self._session.shared.grace_over
-        octets = self._client.receive(BLOCK)
-        self._keep_alive.check()
-        while octets is None and not grace_over.is_set:
+        seconds = 0.0
+        while True:
+            # All that can fail comes before octets are taken, so that none are lost.
+            if seconds or time.monotonic() >= self._next_look:
+                self._watch_all(seconds)
+                self._next_look = time.monotonic() + LIVELY
+            self._keep_alive.check()
+            octets = self._client.receive(BLOCK)
+            if octets is not None:
+                return octets
             left = deadline - time.monotonic()
             if left <= 0:
                 text = "CLIENT: network read operation timed out"
                 raise Hangup(text, CLIENT_TIMED_OUT)
-            self._client.wait(self._keep_alive.cut(left), grace_over)
-            self._keep_alive.check()
-            octets = self._client.receive(BLOCK)
-        if octets is None or grace_over.is_set:
+            seconds = self._keep_alive.cut(left)
+
+    def _watch_all(self, seconds: float) -> None:
+        """Wait for the client; Hangup if the daemon ends or the server speaks."""
+        grace_over = self._session.shared.grace_over.fileno()
+        server = [self._server.fileno()] if self._watches_server else []
+        ready = await_readable(seconds, self._client.fileno(), grace_over, *server)
+        if grace_over in ready:
             raise ShuttingDown
-        return octets
+        if self._watches_server and self._server.fileno() in ready:
+            self._server.relay_unasked()
 
     @contextlib.contextmanager
     def _read_to_the_end(self) -> Iterator[None]:
         """See that the client's data is read to its end before it is answered."""
         try:
             yield
-        except (FilterFailure, Refusal, ServerLost):
+        except (FilterFailure, Refusal, ServerLost) as failure:
             self._keep_alive.stop()
+            self._watches_server = False
             if not self._reader.ended:
-                for _ in self._blocks():
-                    pass
+                self._discard_rest(failure)
             raise
+
+    def _discard_rest(self, failure: Union[FilterFailure, Refusal, ServerLost]) -> None:
+        """Read mail data to its end; Hangup if that takes longer than TimeOut."""
+        deadline = time.monotonic() + self._config.timeout
+        try:
+            for _ in self._blocks():
+                if time.monotonic() > deadline and not self._reader.ended:
+                    break
+            else:
+                return
+        except Hangup:
+            if not isinstance(failure, Refusal):
+                self._log.error(str(failure))
+            raise
+        if not isinstance(failure, Refusal):
+            self._log.error(str(failure))
+        reply = failure.reply or Reply.of(SERVER_LOST)
+        raise Hangup("client was too slow with the rest of its mail data", *reply.lines)
 
     # The server's side
 
@@ -3806,7 +3918,7 @@ class Transfer:
         A client that has gone will never hear that it was accepted, and will send
         it again.
         """
-        if self._client.has_hung_up():
+        if self._client.has_gone():
             raise Hangup("client went before its message was accepted", CLIENT_GONE)
         if self._server.has_spoken():
             self._server.relay_unasked()
@@ -4667,10 +4779,11 @@ class CheckedChannel(ServerChannel):
         super().__init__(sock, seconds, Log(ERROR))
         self._deadline = time.monotonic() + seconds
 
-    def _wait(self) -> bytes:
-        left = max(0.001, self._deadline - time.monotonic())  # 0 would be no limit
+    def _wait(self, deadline: float) -> bytes:
+        deadline = min(deadline, self._deadline)
+        left = max(0.001, deadline - time.monotonic())  # 0 would be no limit
         set_timeout(self._socket, socket.SO_RCVTIMEO, left)
-        return super()._wait()
+        return super()._wait(deadline)
 
 
 def server_warnings(config: Config) -> list[str]:

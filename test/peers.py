@@ -1,5 +1,8 @@
 """Servers other than Postfix to stand behind proxsmtpd: Exim and OpenSMTPD.
 
+Exim can stand in front of it as well: it sends mail for example.org to the port of
+this machine that `send_to` has named.
+
 Their packages and Postfix's exclude each other, so these are only unpacked, into the
 directory that the environment variable PROXSMTPD_PEERS names (see .ci/run).  Each
 server runs in mount and process namespaces of its own, where the users and the
@@ -58,7 +61,7 @@ acl_smtp_rcpt = recipient
 begin acl
 recipient:
   require message = relay not permitted
-          domains = example.net
+          domains = example.net : example.org
   deny    local_parts = ^refused
           message = no such user here
   defer   local_parts = ^deferred
@@ -66,11 +69,20 @@ recipient:
   accept
 
 begin routers
+elsewhere:
+  driver = manualroute
+  domains = example.org
+  route_list = * 127.0.0.1 byname
+  self = send
+  transport = elsewhere
 everyone:
   driver = accept
   transport = maildir
 
 begin transports
+elsewhere:
+  driver = smtp
+  port = ${readfile{@PLACE@/elsewhere}{}}
 maildir:
   driver = appendfile
   directory = @PLACE@/mail
@@ -252,6 +264,10 @@ class Peer:
         """All that it has written to any of its logs."""
         files = sorted((self._place / "log").iterdir())
         return "".join(file.read_text("utf-8", "replace") for file in files)
+
+    def send_to(self, port: int) -> None:
+        """Have it send mail for example.org to this port, from now on."""
+        (self._place / "elsewhere").write_text(str(port))
 
     def accepted(self) -> int:
         """How many messages it has accepted until its last reply."""

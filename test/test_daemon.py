@@ -1225,6 +1225,33 @@ def test_syslog(detach: Detach, place: Path) -> None:
 
 @as_root
 @with_mounts
+def test_message_is_answered_while_the_system_log_is_stuck(
+    detach: Detach, place: Path, server: ScriptedServer
+) -> None:
+    """A client that heard nothing would send the accepted message again."""
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as log,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other,
+    ):
+        program = mounted(fake_devices(place, log), "/dev")
+        daemon = detach({"FilterCommand": "cat"}, program=program)
+        with RawClient(daemon.address) as client:
+            client.start()
+            client.expect(b"DATA", b"354")
+            other.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    other.sendto(b"x", log.getsockname())
+            assert client.command(b"x\r\n.") == b"250 2.0.0 Ok: queued\r\n"
+            while b"status=FILTERED" not in log.recv(65536):
+                pass
+            client.quit()
+        daemon.end()
+    assert len(server.messages) == 1
+
+
+@as_root
+@with_mounts
 def test_syslog_of_very_many_recipients(detach: Detach, place: Path) -> None:
     """Each line is short enough for a daemon that takes 8 KiB, and is whole."""
     recipients = [b"<%03d%s@example.com>" % (n, b"\xe4" * 200) for n in range(500)]

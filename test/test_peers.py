@@ -23,7 +23,7 @@ from typing import Callable
 
 import pytest
 
-from conftest import Daemon, MakeFilter, MakeServer, StartDaemon, requires
+from conftest import Daemon, MakeFilter, MakeServer, StartDaemon, poll, requires
 from peers import EXIM, OPENSMTPD, PASSWORD, SIZE_LIMIT, USER, Kind, Peer
 from smtp import RawClient, ScriptedServer
 
@@ -626,3 +626,29 @@ def test_smtplib_tells_recipients_apart(peer: Peer, proxsmtpd: StartDaemon) -> N
     }
     recipients = sorted(str(mail.recipient) for mail in peer.wait_mails(2))
     assert recipients == ["one@example.net", "two@example.net"]
+
+
+# --- Exim in front of proxsmtpd ---
+
+
+@as_root
+@only_exim
+@FILTERED
+def test_exim_delivers_at_its_first_attempt(
+    peer: Peer,
+    filtering: dict[str, str],
+    proxsmtpd: StartDaemon,
+    server: ScriptedServer,
+) -> None:
+    """Exim sends the end of data, QUIT and a FIN at once, and then reads."""
+    daemon = proxsmtpd(filtering)
+    peer.send_to(daemon.port)
+    with begin(peer.address) as client:
+        client.envelope(SENDER, [b"<recipient@example.org>"])
+        assert client.message(HELLO).startswith(b"250 ")
+        client.quit()
+    assert server.wait_message().data.endswith(HELLO)
+    assert poll(lambda: " Completed" in peer.log()), peer.log()
+    assert re.search(r" => recipient@example\.org .* C=\"250 ", peer.log())
+    assert " == " not in peer.log()  # what Exim logs for an attempt that it repeats
+    assert len(server.messages) == 1
