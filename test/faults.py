@@ -34,6 +34,7 @@ REPLIES = {
     "shut": "421 4.3.2 closing",
     "lost": "421 Connection to server lost",
     "slow": "421 Server timed out",
+    "odd": "421 Server gave an unusable reply",
     "away": "421 Server not available",
     "late": "421 Timed out waiting for client",
     "gone": "421 Client closed the connection before the message was accepted",
@@ -176,14 +177,14 @@ RSET        | 421     | pipe stream | RSET {shut} / end | ~ RSET | 0
 RSET        | resets  | pipe stream | RSET {lost} / end | ~ RSET | 0
 RSET        | closes  | pipe stream | RSET {lost} / end | ~ RSET | 0
 RSET        | stalls  | pipe stream | RSET {slow} / end | ~ RSET | 0
-own-RSET    | 4xx     | pipe        | dot {no} | ~ RSET QUIT | 0
-own-RSET    | 5xx     | pipe        | dot {no} | ~ RSET QUIT | 0
+own-RSET    | 4xx     | pipe        | dot {no} / QUIT {odd} | ~ RSET | 0
+own-RSET    | 5xx     | pipe        | dot {no} / QUIT {odd} | ~ RSET | 0
 own-RSET    | 421     | pipe        | dot {no} / QUIT {shut} | ~ RSET | 0
 own-RSET    | resets  | pipe        | dot {no} / QUIT {lost} | ~ RSET | 0
 own-RSET    | closes  | pipe        | dot {no} / QUIT {lost} | ~ RSET | 0
 own-RSET    | stalls  | pipe        | dot {no} / QUIT {slow} | ~ RSET | 0
-own-RSET    | 4xx     | stream      | DATA {5xx} | ~ DATA RSET QUIT | 0
-own-RSET    | 5xx     | stream      | DATA {5xx} | ~ DATA RSET QUIT | 0
+own-RSET    | 4xx     | stream      | DATA {5xx} / QUIT {odd} | ~ DATA RSET | 0
+own-RSET    | 5xx     | stream      | DATA {5xx} / QUIT {odd} | ~ DATA RSET | 0
 own-RSET    | 421     | stream      | DATA {5xx} / QUIT {shut} | ~ DATA RSET | 0
 own-RSET    | resets  | stream      | DATA {5xx} / QUIT {lost} | ~ DATA RSET | 0
 own-RSET    | closes  | stream      | DATA {5xx} / QUIT {lost} | ~ DATA RSET | 0
