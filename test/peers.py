@@ -1,6 +1,6 @@
 """Servers other than Postfix to stand behind proxsmtpd: Exim and OpenSMTPD.
 
-Exim can stand in front of it as well: it sends mail for example.org to the port of
+Exim can stand in front of it as well: it sends mail for elsewhere.example to the port of
 this machine that `send_to` has named.
 
 Their packages and Postfix's exclude each other, so these are only unpacked, into the
@@ -61,7 +61,7 @@ acl_smtp_rcpt = recipient
 begin acl
 recipient:
   require message = relay not permitted
-          domains = example.net : example.org
+          domains = example.net : elsewhere.example
   deny    local_parts = ^refused
           message = no such user here
   defer   local_parts = ^deferred
@@ -71,7 +71,7 @@ recipient:
 begin routers
 elsewhere:
   driver = manualroute
-  domains = example.org
+  domains = elsewhere.example
   route_list = * 127.0.0.1 byname
   self = send
   transport = elsewhere
@@ -266,7 +266,7 @@ class Peer:
         return "".join(file.read_text("utf-8", "replace") for file in files)
 
     def send_to(self, port: int) -> None:
-        """Have it send mail for example.org to this port, from now on."""
+        """Have it send mail for elsewhere.example to this port, from now on."""
         (self._place / "elsewhere").write_text(str(port))
 
     def accepted(self) -> int:
