@@ -109,7 +109,7 @@ LINE_KEPT = 1024  # of a line of the filter's standard error
 LISTEN_QUEUE = 1024
 CHECK_SECONDS = 3.0  # for -t to connect to the server, and then for its words
 NOTIFY_SECONDS = 1.0  # for a service manager that is busy
-FOR_EVER = 2_000_000  # seconds, 23 days
+MAX_SECONDS = 2_000_000  # 23 days; poll takes milliseconds as an int
 STACK_SIZE = 512 * 1024
 MEMORY_MARGIN = 4 * 1024 * 1024  # octets that must be free for one more session
 LIVELY = 0.05  # seconds in which a client in full swing sends its next octets
@@ -1369,9 +1369,9 @@ class FilterType(Enum):
 class Transparency(Enum):
     """How a client's connection shows where it was going to."""
 
-    OFF = "it does not matter"
-    CLIENT = "redirected by NAT, which remembers it"
-    FULL = "diverted to our socket, whose own name it is"
+    OFF = "off"  # it does not matter
+    CLIENT = "client"  # redirected by NAT, which remembers the destination
+    FULL = "full"  # diverted to our socket, whose own name is the destination
 
 
 class Config:
@@ -1417,166 +1417,172 @@ class Config:
         return self.observes or self.passes_failures
 
 
+class Kind(NamedTuple):
+    """What a setting takes: how its text is read, and what is logged if it cannot be.
+
+    `parse` raises ValueError for a text that it does not take.  `complaint` is a
+    format of the setting's name and text.
+    """
+
+    parse: Callable[[str], Any]
+    complaint: str = "invalid setting: {name}"
+
+
 class Setting(NamedTuple):
-    """One row of the configuration: the name in the file, the attribute of
-    `Config`, the default as it would stand in the file (empty: none), the
-    function that makes the value (ValueError: it cannot), and what is said then.
+    """One row of the configuration: its name in the file, its attribute of `Config`,
+    its default as it would stand in the file (empty: none), and what it takes.
     """
 
     name: str
     attribute: str
     default: str
-    convert: Callable[[str], Any]
-    complaint: str = "invalid setting: {name}"
+    kind: Kind
 
 
 _WHOLE_NUMBER = re.compile(r"\+?[0-9]+")
 
 
-def _whole_number(minimum: int, maximum: float = math.inf) -> Callable[[str], int]:
-    def convert(text: str) -> int:
+def _number(
+    what: str, minimum: int, maximum: float = math.inf, clamp: float = math.inf
+) -> Kind:
+    """A whole number of `what`; one above `clamp` is taken for that."""
+
+    def parse(text: str) -> int:
         if not _WHOLE_NUMBER.fullmatch(text):
             raise ValueError(text)
         if not minimum <= int(text) <= maximum:
             raise ValueError(text)
-        return int(text)
+        return int(min(int(text), clamp))
 
-    return convert
-
-
-def _seconds(minimum: int) -> Callable[[str], int]:
-    convert = _whole_number(minimum)
-    # What poll cannot wait for (in milliseconds, an int of C) is for ever.
-    return lambda text: min(convert(text), FOR_EVER)
+    takes = f"a whole number of {what}, {minimum} or more"
+    if maximum < math.inf:
+        takes = f"between {minimum} and {maximum}"
+    return Kind(parse, f"invalid setting: {{name}} (must be {takes})")
 
 
-_SWITCH = {
-    **dict.fromkeys(("0", "no", "false", "f", "off"), False),
-    **dict.fromkeys(("1", "yes", "true", "t", "on"), True),
-}
+def _seconds(minimum: int) -> Kind:
+    # More than poll can wait for (in milliseconds, an int of C) is as good as that.
+    return _number("seconds", minimum, clamp=MAX_SECONDS)
 
 
-def _switch(text: str) -> bool:
-    if text.lower() not in _SWITCH:
-        raise ValueError(text)
-    return _SWITCH[text.lower()]
+def _choice(
+    values: Mapping[str, Any], others: Optional[Mapping[str, Any]] = None
+) -> Kind:
+    """One of some words, in any case; the complaint does not name the `others`."""
+    known = {**values, **(others or {})}
+
+    def parse(text: str) -> Any:
+        if text.lower() not in known:
+            raise ValueError(text)
+        return known[text.lower()]
+
+    words = " or ".join(f"'{word}'" for word in values)
+    return Kind(parse, f"invalid value for {{name}} (must specify {words})")
 
 
-def _reject_text(text: str) -> Reply:
+_ON = ("1", "yes", "true", "t", "on")
+_OFF = ("0", "no", "false", "f", "off")
+_SWITCH = _choice(
+    {"on": True, "off": False},
+    {**dict.fromkeys(_ON, True), **dict.fromkeys(_OFF, False)},
+)
+
+
+def _reject_reply(text: str) -> Reply:
     reply = rejection(to_octets(text or EMAIL_REJECTED))
     if reply.is_success:
-        raise ValueError(text)  # it would promise what does not happen
+        raise ValueError(text)  # the client would take the mail for accepted
     return reply
 
 
-def _one_of(no: str, yes: str) -> Callable[[str], bool]:
-    def convert(text: str) -> bool:
-        return (no, yes).index(text.lower()) == 1
-
-    return convert
-
-
-def _authenticated(text: str) -> bool:
-    if text.lower() != "authenticated":
-        raise ValueError(text)
-    return True
-
-
-def _transparency(text: str) -> Transparency:
-    word = text.lower()
-    if word == "full":
-        transparency = Transparency.FULL
-    elif word == "client" or _switch(word):
-        transparency = Transparency.CLIENT
-    else:
-        return Transparency.OFF
-    if not IS_LINUX:
-        raise ValueError(text)
-    return transparency
-
-
-def _required(text: str) -> str:
+def _nonempty(text: str) -> str:
     if not text:
         raise ValueError(text)
     return text
 
 
-def _directory(text: str) -> bytes:
-    return os.path.abspath(to_octets(_required(text)))
+def _address(default_port: int) -> Kind:
+    return Kind(
+        lambda text: Address.parse(text, default_port),
+        "invalid {name} socket name or ip: {text}",
+    )
 
+
+_ANY_TEXT = Kind(str)
 
 SETTINGS = (
-    Setting("FilterCommand", "filter_command", "", str),
+    Setting("FilterCommand", "filter_command", "", _ANY_TEXT),
     Setting(
         "FilterFailure",
         "passes_failures",
         "defer",
-        _one_of("defer", "pass"),
-        "invalid value for {name} (must specify 'defer' or 'pass')",
+        _choice({"defer": False, "pass": True}),
     ),
     Setting(
         "FilterMode",
         "observes",
         "enforce",
-        _one_of("enforce", "observe"),
-        "invalid value for {name} (must specify 'enforce' or 'observe')",
+        _choice({"enforce": False, "observe": True}),
     ),
-    Setting("FilterReject", "filter_reject", EMAIL_REJECTED, _reject_text),
+    Setting(
+        "FilterReject",
+        "filter_reject",
+        EMAIL_REJECTED,
+        Kind(_reject_reply, "invalid setting: {name} (must be a 4xx or 5xx reply)"),
+    ),
     Setting("FilterTimeout", "filter_timeout", "30", _seconds(1)),
     Setting(
         "FilterType",
         "filter_type",
         "pipe",
-        lambda text: FilterType(text.lower()),
-        "invalid value for {name} (must specify 'pipe' or 'file' or 'reject')",
+        _choice({kind.value: kind for kind in FilterType}),
     ),
-    Setting("Header", "header", "", lambda text: to_octets(unescape(text))),
+    Setting("Header", "header", "", Kind(lambda text: to_octets(unescape(text)))),
     Setting("KeepAlives", "keep_alives", "0", _seconds(0)),
     Setting(
-        "Listen",
-        "listen",
-        str(DEFAULT_LISTEN_PORT),
-        lambda text: Address.parse(text, DEFAULT_LISTEN_PORT),
-        "invalid {name} socket name or ip: {text}",
+        "Listen", "listen", str(DEFAULT_LISTEN_PORT), _address(DEFAULT_LISTEN_PORT)
     ),
     Setting(
         "MaxConnections",
         "max_connections",
         "64",
-        _whole_number(1, MAX_CONNECTIONS),
-        f"invalid setting: {{name}} (must be between 1 and {MAX_CONNECTIONS})",
+        _number("connections", 1, MAX_CONNECTIONS),
     ),
-    Setting("MaxMessageSize", "max_message_size", "0", _whole_number(0)),
-    Setting("OneProcessor", "one_processor", "on", _switch, "invalid value for {name}"),
+    Setting("MaxMessageSize", "max_message_size", "0", _number("octets", 0)),
+    Setting("OneProcessor", "one_processor", "on", _SWITCH),
+    Setting("OutAddress", "out_address", "", _address(DEFAULT_SERVER_PORT)),
+    Setting("PidFile", "pid_file", "", _ANY_TEXT),
+    Setting("ProxyProtocol", "proxy_protocol", "off", _SWITCH),
+    Setting("Skip", "skip_authenticated", "", _choice({"authenticated": True})),
     Setting(
-        "OutAddress",
-        "out_address",
-        "",
-        lambda text: Address.parse(text, DEFAULT_SERVER_PORT),
-        "invalid {name} socket name or ip: {text}",
+        "TempDirectory",
+        "temp_directory",
+        "/tmp",
+        Kind(
+            lambda text: os.path.abspath(to_octets(_nonempty(text))),
+            "invalid setting: {name} (must be a directory)",
+        ),
     ),
-    Setting("PidFile", "pid_file", "", str),
-    Setting(
-        "ProxyProtocol", "proxy_protocol", "off", _switch, "invalid value for {name}"
-    ),
-    Setting(
-        "Skip",
-        "skip_authenticated",
-        "",
-        _authenticated,
-        "invalid value for {name} (must specify 'authenticated')",
-    ),
-    Setting("TempDirectory", "temp_directory", "/tmp", _directory),
     Setting("TimeOut", "timeout", "180", _seconds(1)),
     Setting(
         "TransparentProxy",
         "transparent_proxy",
         "off",
-        _transparency,
-        "invalid value for {name}" + ("" if IS_LINUX else " (only Linux has it)"),
+        _choice(
+            {word.value: word for word in Transparency},
+            {
+                **dict.fromkeys(_ON, Transparency.CLIENT),
+                **dict.fromkeys(_OFF, Transparency.OFF),
+            },
+        ),
     ),
-    Setting("User", "user", "", _required),
-    Setting("XClient", "xclient", "off", _switch, "invalid value for {name}"),
+    Setting(
+        "User",
+        "user",
+        "",
+        Kind(_nonempty, "invalid setting: {name} (must be a user's name or number)"),
+    ),
+    Setting("XClient", "xclient", "off", _SWITCH),
 )
 _WHITE = " \t\r\v\f"
 _SETTINGS_BY_NAME = {setting.name.lower(): setting for setting in SETTINGS}
@@ -1587,7 +1593,8 @@ def default_config() -> Config:
     config = Config()
     for setting in SETTINGS:
         if setting.default:
-            setattr(config, setting.attribute, setting.convert(setting.default))
+            value = setting.kind.parse(setting.default)
+            setattr(config, setting.attribute, value)
     return config
 
 
@@ -1605,11 +1612,14 @@ def parse_config(octets: bytes, path: str) -> tuple[Config, list[ConfigError]]:
             try:
                 setting, text = split_line(line)
                 mentioned.add(setting.name)
-                setattr(config, setting.attribute, convert(setting, text))
+                setattr(config, setting.attribute, parse_value(setting, text))
             except ValueError as error:
                 errors.append(ConfigError(str(error), path, number))
     if "OutAddress" not in mentioned and not config.is_transparent:
         errors.append(ConfigError("no OutAddress specified.", path))
+    if config.is_transparent and not IS_LINUX:
+        text = "invalid value for TransparentProxy (only Linux has it)"
+        errors.append(ConfigError(text, path))
     if config.proxy_protocol and config.is_transparent:
         text = "ProxyProtocol cannot be used with TransparentProxy"
         errors.append(ConfigError(text, path))
@@ -1617,23 +1627,40 @@ def parse_config(octets: bytes, path: str) -> tuple[Config, list[ConfigError]]:
 
 
 def split_line(line: str) -> tuple[Setting, str]:
-    """The setting that a line names, and the text it has for it.
+    """Return the setting that a line names, and its text for it.
 
-    Raises ValueError with the complaint if it is no such line.
+    Raises ValueError with the complaint if the line names none.
     """
     name, colon, text = (part.strip(_WHITE) for part in line.partition(":"))
     setting = _SETTINGS_BY_NAME.get(name.lower())
     if setting is None or not colon or "\0" in text:
-        raise ValueError(f"invalid config line: {name if colon else line}")
+        raise ValueError(f"invalid config line: {name if colon else line}{hint(line)}")
     return setting, text
 
 
-def convert(setting: Setting, text: str) -> Any:
-    """A setting's value; ValueError with the complaint if there is none."""
+def hint(line: str) -> str:
+    """Return what was probably meant by a line that names no setting, or nothing."""
+    import difflib  # only an error needs it
+
+    if "\0" in line:
+        return " (it has a NUL)"
+    name = re.split(r"[\s=:]", line, maxsplit=1)[0]
+    near = difflib.get_close_matches(name.lower(), _SETTINGS_BY_NAME, 1, cutoff=0.75)
+    if not near:
+        return ""
+    meant = _SETTINGS_BY_NAME[near[0]].name
+    is_exact = meant.lower() == name.lower()
+    return (
+        f" (a colon must follow {meant})" if is_exact else f" (did you mean {meant}?)"
+    )
+
+
+def parse_value(setting: Setting, text: str) -> Any:
+    """Return a setting's value; raises ValueError with the complaint."""
     try:
-        return setting.convert(text)
+        return setting.kind.parse(text)
     except ValueError:
-        complaint = setting.complaint.format(name=setting.name, text=text)
+        complaint = setting.kind.complaint.format(name=setting.name, text=text)
         raise ValueError(complaint) from None
 
 

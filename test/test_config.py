@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from typing import NamedTuple
 
 import pytest
@@ -282,11 +284,22 @@ SECONDS = ["", "x", "-1", "1.5", "1s", "1 2", "0x10", "1_0", "\u0662", "\u00b2",
 CONNECTIONS = ["0", "10241", "99999999999999999999", *SECONDS]
 WORDS = ["", "2", "maybe", "o", "yes no", "onn", "\u0131"]
 
-# A name, values that it cannot have, and what is said of them.
+SWITCH = "(must specify 'on' or 'off')"
+
+# A name, values that it cannot have, and the complaint about them.
 BAD_VALUES: dict[str, tuple[list[str], str]] = {
-    "FilterTimeout": (["0", *SECONDS], "invalid setting: FilterTimeout"),
-    "TimeOut": (["0", *SECONDS], "invalid setting: TimeOut"),
-    "KeepAlives": (SECONDS, "invalid setting: KeepAlives"),
+    "FilterTimeout": (
+        ["0", *SECONDS],
+        "invalid setting: FilterTimeout (must be a whole number of seconds, 1 or more)",
+    ),
+    "TimeOut": (
+        ["0", *SECONDS],
+        "invalid setting: TimeOut (must be a whole number of seconds, 1 or more)",
+    ),
+    "KeepAlives": (
+        SECONDS,
+        "invalid setting: KeepAlives (must be a whole number of seconds, 0 or more)",
+    ),
     "MaxConnections": (
         CONNECTIONS,
         "invalid setting: MaxConnections (must be between 1 and 10240)",
@@ -305,19 +318,28 @@ BAD_VALUES: dict[str, tuple[list[str], str]] = {
     ),
     "MaxMessageSize": (
         ["", "-1", "10M", "1e6", "1 000"],
-        "invalid setting: MaxMessageSize",
+        "invalid setting: MaxMessageSize (must be a whole number of octets, 0 or more)",
     ),
-    "ProxyProtocol": (WORDS, "invalid value for ProxyProtocol"),
-    "FilterReject": (["250 Ok", "200", "299-x"], "invalid setting: FilterReject"),
+    "ProxyProtocol": (WORDS, f"invalid value for ProxyProtocol {SWITCH}"),
+    "FilterReject": (
+        ["250 Ok", "200", "299-x"],
+        "invalid setting: FilterReject (must be a 4xx or 5xx reply)",
+    ),
     "Skip": (
         ["", "no", "all", "authenticate"],
         "invalid value for Skip (must specify 'authenticated')",
     ),
-    "TempDirectory": ([""], "invalid setting: TempDirectory"),
-    "User": ([""], "invalid setting: User"),
-    "XClient": (WORDS, "invalid value for XClient"),
-    "OneProcessor": (WORDS, "invalid value for OneProcessor"),
-    "TransparentProxy": (WORDS, "invalid value for TransparentProxy"),
+    "TempDirectory": (
+        [""],
+        "invalid setting: TempDirectory (must be a directory)",
+    ),
+    "User": ([""], "invalid setting: User (must be a user's name or number)"),
+    "XClient": (WORDS, f"invalid value for XClient {SWITCH}"),
+    "OneProcessor": (WORDS, f"invalid value for OneProcessor {SWITCH}"),
+    "TransparentProxy": (
+        WORDS,
+        "invalid value for TransparentProxy (must specify 'off' or 'client' or 'full')",
+    ),
 }
 BAD_LINES = [
     pytest.param(name, text, complaint, id=f"{name}-{text!a}")
@@ -460,19 +482,41 @@ def test_filters(octets: bytes, filters: bool) -> None:
 
 # A line that is none, and what is said of it.
 NO_LINES = {
-    "no colon": (b"FilterCommand cat", "invalid config line: FilterCommand cat"),
+    "no colon": (
+        b"filtercommand cat",
+        "invalid config line: filtercommand cat (a colon must follow FilterCommand)",
+    ),
+    "equals sign": (
+        b"Listen = 10025",
+        "invalid config line: Listen = 10025 (a colon must follow Listen)",
+    ),
+    "equals sign and a colon": (
+        b"Listen=[::1]:10025",
+        "invalid config line: Listen=[ (a colon must follow Listen)",
+    ),
+    "misspelt": (
+        b"OutAdress: 25",
+        "invalid config line: OutAdress (did you mean OutAddress?)",
+    ),
     "no colon, blanks": (b"  xyz \r", "invalid config line: xyz"),
     "unknown name": (b"Bogus: 1", "invalid config line: Bogus"),
     "unknown name, blanks": (b" Bogus x : 1", "invalid config line: Bogus x"),
     "no name": (b": 1", "invalid config line: "),
-    "abbreviation": (b"Filter: cat", "invalid config line: Filter"),
-    "more than a name": (b"FilterCommands: cat", "invalid config line: FilterCommands"),
+    "abbreviation": (
+        b"Filter: cat",
+        "invalid config line: Filter (did you mean FilterType?)",
+    ),
+    "more than a name": (
+        b"FilterCommands: cat",
+        "invalid config line: FilterCommands (did you mean FilterCommand?)",
+    ),
     "control characters": (b"a\x1b[2J: 1", "invalid config line: a\\x1b[2J"),
     "not UTF-8": (b"\xe4: 1", "invalid config line: \\xe4"),
     "UTF-8": ("\u00e4: 1".encode(), "invalid config line: \\xc3\\xa4"),
     "byte order mark": (
         b"\xef\xbb\xbfFilterCommand: cat",
-        "invalid config line: \\xef\\xbb\\xbfFilterCommand",
+        "invalid config line: \\xef\\xbb\\xbfFilterCommand"
+        " (did you mean FilterCommand?)",
     ),
 }
 
@@ -509,11 +553,12 @@ def test_all_errors_in_one_go() -> None:
     )
     config, errors = program.parse_config(octets, PATH)
     assert [str(error) for error in errors] == [
-        f"{PATH}:2: invalid setting: FilterTimeout",
+        f"{PATH}:2: invalid setting: FilterTimeout"
+        " (must be a whole number of seconds, 1 or more)",
         f"{PATH}:4: invalid config line: Bogus",
         f"{PATH}:6: invalid config line: no colon here",
         f"{PATH}:8: invalid Listen socket name or ip: [here]",
-        f"{PATH}:9: invalid value for XClient",
+        f"{PATH}:9: invalid value for XClient {SWITCH}",
         "no OutAddress specified.",
     ]
     assert [error.line for error in errors] == [2, 4, 6, 8, 9, 0]
@@ -552,3 +597,23 @@ def test_path_is_shown_in_printable_ascii() -> None:
     assert faults(MINIMAL + b"x", "/\udce4\n\u20ac") == [
         "/\\xe4\\x0a\\xe2\\x82\\xac:2: invalid config line: x"
     ]
+
+
+# --- The program ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("setting", program.SETTINGS, ids=lambda setting: setting.name)
+def test_setting_is_used(setting: program.Setting) -> None:
+    """Something reads it other than the class of settings and the checks of a file."""
+    source = inspect.getsource(program)
+    for own in (Config, program.parse_config):
+        source = source.replace(inspect.getsource(own), "")
+    used = rf"config\.{setting.attribute}\b"
+    by_property = {
+        name
+        for name, value in vars(Config).items()
+        if isinstance(value, property)
+        and f"self.{setting.attribute}" in inspect.getsource(value.fget or len)
+    }
+    uses = [rf"config\.{name}\b" for name in by_property]
+    assert re.search("|".join([used, *uses]), source)

@@ -681,9 +681,6 @@ def texts(tree: ast.Module) -> Iterator[Text]:
             for node in ast.walk(function):
                 for prefix, expression in spoken(node, function.name):
                     yield Text(prefix, expression, function)
-    for node in ast.walk(tree):
-        for complaint in complaints(node):
-            yield Text(OF_THE_FILE, complaint, tree)
 
 
 def spoken(node: ast.AST, function: str) -> Iterator[tuple[str, ast.expr]]:
@@ -700,15 +697,6 @@ def spoken(node: ast.AST, function: str) -> Iterator[tuple[str, ast.expr]]:
     elif isinstance(node, (ast.List, ast.ListComp)) and "warnings" in function:
         elements = node.elts if isinstance(node, ast.List) else [node.elt]
         yield from (("", element) for element in elements)
-
-
-def complaints(node: ast.AST) -> Iterator[ast.expr]:
-    """What the table of settings has to say of a wrong value."""
-    if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "complaint":
-        if node.value is not None:
-            yield node.value
-    elif isinstance(node, ast.Call) and ast.unparse(node.func) == "Setting":
-        yield from node.args[4:5]
 
 
 def wordings(expression: ast.AST, scopes: Sequence[ast.AST]) -> set[str]:
@@ -778,7 +766,13 @@ def readable(message: str) -> str:
     return message.replace(ANYTHING, "...")
 
 
-MESSAGES = sorted(messages(read("proxsmtpd.py")))
+def complaints() -> set[str]:
+    """What is logged of a value that a setting cannot have."""
+    texts = (setting.kind.complaint for setting in program.SETTINGS)
+    return {OF_THE_FILE + re.sub(r"\{\w+\}", ANYTHING, text) for text in texts}
+
+
+MESSAGES = sorted(messages(read("proxsmtpd.py")) | complaints())
 
 
 def diagnostics() -> list[str]:
