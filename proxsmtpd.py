@@ -89,7 +89,7 @@ REPLY_LINE_LIMIT = 512
 REPLY_SHOWN = 1024  # octets of a reply in the log
 # A longer line may be torn apart on a pipe (PIPE_BUF: 4,096) and cut by syslogd.
 LOG_LINE_LIMIT = 4000
-LOG_PATIENCE = 1.0  # seconds to wait for a reader of standard error that has stopped
+LOG_PATIENCE = 2.0  # seconds to wait for a reader of standard error that has stopped
 XCLIENT_LIMIT = 512
 XCLIENT_VALUE_LIMIT = 255  # octets of an attribute's value that Postfix takes
 PROXY_1_LIMIT = 107  # octets with the CRLF, says the protocol
