@@ -945,9 +945,14 @@ class CommandBuffer:
 
 # ---------------------------------------------------------------------------
 # Mail data (RFC 5321 section 4.5.2)
+#
+# A client chooses these octets.  None may cost much more time than base64 does,
+# so all work here is done by few calls that look at a whole block.
 # ---------------------------------------------------------------------------
 
 _END = b"\r\n.\r\n"
+# At the end of a block: the beginning of _END, or of a bare LF and two dots.
+_UNDECIDED_END = re.compile(rb"(?:\r\n\.\r|\r?\n\.?|\r)\Z")
 
 
 class MailDataReader:
@@ -958,63 +963,83 @@ class MailDataReader:
     """
 
     def __init__(self) -> None:
-        # The data begins at the start of a line: as if behind a CRLF, which
-        # is taken off again.
+        # The data begins at the start of a line: as if after a CRLF, which is
+        # removed again from the first octets that leave.
         self._held = b"\r\n"
-        self._virtual = 2
+        self._is_first = True
         self.ended = False
         self.rest = b""
 
     def feed(self, block: bytes) -> bytes:
         """Take wire octets, return message octets.
 
-        When the end has come, `ended` is true and `rest` holds what came behind
-        it.
+        At the end of the data `ended` becomes true, and `rest` holds the octets
+        after it.
         """
         octets = self._held + block
         # What makes a message large is base64, which has no dots.
-        has_dots = b"." in octets and b"\r\n." in octets
+        has_dots = b"." in octets and b"\n." in octets
         end = octets.find(_END) if has_dots else -1
         if end >= 0:
             self.ended, self.rest = True, octets[end + len(_END) :]
             octets = octets[: end + 2]
         else:
-            cut = len(octets) - _held_back(octets)
-            self._held, octets = octets[cut:], octets[:cut]
-        skip, self._virtual = self._virtual, max(0, self._virtual - len(octets))
-        message = octets.replace(b"\r\n.", b"\r\n") if has_dots else octets
-        return message[skip:]
+            undecided = _UNDECIDED_END.search(octets[-4:])
+            self._held = undecided[0] if undecided else b""
+            octets = octets[: len(octets) - len(self._held)]
+        message = _unstuff(octets) if has_dots else octets
+        if self._is_first and message:
+            self._is_first = False
+            return message[2:]
+        return message
 
 
-def _held_back(octets: bytes) -> int:
-    """How many octets at the end may be the beginning of the end of data."""
-    for length in range(len(_END) - 1, 0, -1):
-        if octets.endswith(_END[:length]):
-            return length
-    return 0
+def _unstuff(octets: bytes) -> bytes:
+    """Remove the first dot after each CRLF, and one of two dots after a bare LF.
+
+    Some clients stuff after a bare LF (Python's smtplib) and some do not.
+    """
+    octets = octets.replace(b"\r\n.", b"\r\n")
+    if b"\n.." in octets:
+        # The second step takes a dot from all lines, so CRLF's get one before it.
+        octets = octets.replace(b"\r\n..", b"\r\n...").replace(b"\n..", b"\n.")
+    return octets
 
 
 class LineRepair:
-    """Makes every line end in CRLF: bare LF becomes CRLF, a stray CR a blank."""
+    """Makes every line end in CRLF.
+
+    Bare LF becomes CRLF.  CRs before a line's end, or at the end of the message,
+    are removed, as Postfix does, so that an empty line stays empty.  Any other CR
+    becomes a space; a run of more than BLOCK of them counts as BLOCK.
+    """
 
     def __init__(self) -> None:
-        self._held = b""
+        self._held = 0  # CRs at the end of the last block
         self._at_start = True
 
     def feed(self, block: bytes) -> bytes:
-        octets = self._held + block
-        self._held = b"\r" if octets.endswith(b"\r") else b""
-        if self._held:
-            octets = octets[:-1]
-        if octets:
-            octets = _repair(octets)
+        """Take octets, return whole or partial lines without a CR at the end."""
+        if len(block) > BLOCK:
+            starts = range(0, len(block), BLOCK)
+            return b"".join(self.feed(block[i : i + BLOCK]) for i in starts)
+        text = block.rstrip(b"\r")
+        crs = len(block) - len(text)
+        if text:
+            octets = self._with_held(text) if self._held else text
+            self._held = crs
             self._at_start = octets.endswith(b"\n")
-        return octets
+            return _repair(octets)
+        self._held = min(self._held + crs, BLOCK)
+        return b""
+
+    def _with_held(self, text: bytes) -> bytes:
+        rest = text.lstrip(b"\r")
+        return b"\r" * min(self._held + len(text) - len(rest), BLOCK) + rest
 
     def finish(self) -> bytes:
-        """What ends the last line, if it has no end yet."""
-        end = b" \r\n" if self._held else b"\r\n"
-        return b"" if self._at_start and not self._held else end
+        """Return the end of the last line, if it has none yet."""
+        return b"" if self._at_start and not self._held else b"\r\n"
 
 
 def _repair(octets: bytes) -> bytes:
@@ -1023,95 +1048,168 @@ def _repair(octets: bytes) -> bytes:
     decoder.decode(octets.decode("latin-1"), final=True)
     if decoder.newlines in (None, "\r\n"):
         return octets
-    unix = octets.replace(b"\r\n", b"\n").replace(b"\r", b" ")
-    return unix.replace(b"\n", b"\r\n")
+    if b"\r" in octets:
+        octets = _without_crs_before_lf(octets).replace(b"\r", b" ")
+    return octets.replace(b"\n", b"\r\n")
+
+
+_MANY_CRS = b"\r" * 32
+
+
+def _without_crs_before_lf(octets: bytes) -> bytes:
+    if b"\r\r\n" in octets:
+        *parts, last = octets.split(_MANY_CRS + b"\n")
+        octets = b"\n".join([*(part.rstrip(b"\r") for part in parts), last])
+        # Fewer than 32 are left before each LF: the sum of some of these numbers.
+        for number in (16, 8, 4, 2):
+            octets = octets.replace(b"\r" * number + b"\n", b"\n")
+    return octets.replace(b"\r\n", b"\n")
+
+
+# The start of a header field (RFC 5322 2.2 and, for the blanks, 4.5) as Postfix
+# reads it.  A name has less than a line's octets (2.1.1).
+_FIELD_NAME = rb"[!-9;-~]{1,998}[ \t]{0,998}"
+# A block may end in a line that may still become a field or an mbox's line.
+_UNDECIDED_LINE = rb"(?:" + _FIELD_NAME + rb")?\Z"
+_LAST_LINE_UNDECIDED = re.compile(rb"\r\n" + _UNDECIDED_LINE + rb"|\r\Z")
+# The line end before the header section, which is after the From lines of an mbox
+# (Postfix makes fields of them), and the one at its end.
+_SECTION_START = re.compile(rb"\n(?!>{0,9}From |" + _UNDECIDED_LINE + rb")")
+_SECTION_END = re.compile(
+    rb"\n(?!" + _FIELD_NAME + rb":|[ \t]|" + _UNDECIDED_LINE + rb")"
+)
 
 
 class HeaderInserter:
     """Puts a header field into a message whose lines all end in CRLF.
 
     A ``Received:`` field goes to the top (RFC 5321 4.4), any other to the end of
-    the header section.
+    the header section: before the first line that is neither a field nor folded.
     """
 
     def __init__(self, field: bytes) -> None:
         self._field = field
-        self._held = b"\r\n"  # as if behind a line, for a message without header
-        self._virtual = 2
         self._placed = not field
         self._on_top = field[:9].lower() == b"received:"
+        self._in_section = False
+        # A line end that may be the place, and the undecided line after it.  The
+        # message begins as if after one, which is removed again.
+        self._held = b"\r\n"
+        self._is_first = True
 
     def feed(self, block: bytes) -> bytes:
+        """Take octets of the message, return those that are decided."""
         if self._placed or not block:
             return block
-        if self._on_top:
-            return self._place(b"", block)
         octets = self._held + block
-        end = octets.find(b"\r\n\r\n")
-        if end >= 0:
-            return self._place(self._real(octets[: end + 2]), octets[end + 2 :])
-        self._held = octets[-3:]
-        return self._real(octets[:-3])
+        place = self._place_in(octets)
+        if place is not None:
+            self._placed = True
+            before, after = octets[:place], octets[place:]
+            # No field may be there that such a line continues.
+            end = b"\r\n" if after.startswith((b" ", b"\t")) else b""
+            return self._without_first_end(before) + self._field + end + after
+        last_line = max(octets.rfind(b"\r\n"), 0)
+        undecided = _LAST_LINE_UNDECIDED.search(octets, last_line)
+        self._held = undecided[0] if undecided else b""
+        return self._without_first_end(octets[: len(octets) - len(self._held)])
 
     def finish(self) -> bytes:
-        """The field, for a message that ended before its place came."""
-        held = b"" if self._on_top else self._real(self._held)
-        return b"" if self._placed else self._place(held, b"")
+        """Return the field, if the message ended before its place came."""
+        return (
+            b"" if self._placed else self._without_first_end(self._held) + self._field
+        )
 
-    def _place(self, before: bytes, behind: bytes) -> bytes:
-        self._placed = True
-        return before + self._field + behind
+    def _place_in(self, octets: bytes) -> Optional[int]:
+        start = 0
+        if not self._in_section:
+            found = _SECTION_START.search(octets)
+            if found is None:
+                return None
+            self._in_section = True
+            if self._on_top or octets[found.end()] in b" \t":
+                return found.end()
+            start = found.start()
+        found = _SECTION_END.search(octets, start)
+        return found.end() if found else None
 
-    def _real(self, octets: bytes) -> bytes:
-        skip, self._virtual = self._virtual, max(0, self._virtual - len(octets))
-        return octets[skip:]
-
-
-_NULS_AND_DOT = re.compile(rb"\n(\0+\.)")
+    def _without_first_end(self, octets: bytes) -> bytes:
+        if self._is_first and octets:
+            self._is_first = False
+            return octets[2:]
+        return octets
 
 
 class DotStuffer:
     """Gives every line that begins with a dot another one.
 
-    So it does where NULs stand before the dot, since some servers drop NULs; the
-    others take the dot off again (RFC 5321 4.5.2).  Where there are more NULs
-    than can be held back, a blank before the dot has to do.
+    The same goes for a line with NULs before that dot, since some servers drop
+    NULs; the others take the dot off again (RFC 5321 4.5.2).  After more NULs
+    than can be held back, a space goes before the dot instead.
     """
 
     def __init__(self) -> None:
         self._at_start = True  # nothing but NULs since the start of the line
-        self._held = b""  # these NULs
+        self._held = 0  # these NULs
         self._is_late = False  # some of them have gone, so no dot can come first
 
     def feed(self, block: bytes) -> bytes:
-        octets = self._held + block
-        self._held = b""
-        if self._at_start and not octets.strip(b"\0"):
-            return self._hold(octets)
-        stuffed = self._stuff(octets)
+        """Take whole or partial lines that end in CRLF, return wire octets."""
+        if not self._at_start:
+            return self._hold_last_nuls(_stuff(block))
+        text = block.lstrip(b"\0")
+        nuls = self._held + len(block) - len(text)
+        if not text:
+            return self._hold(nuls)
+        self._held = 0
+        start = b"\0" * nuls
+        if self._is_late:
+            start += b" " if text.startswith(b".") else b""
+            return self._hold_last_nuls(start + _stuff(text))
+        return self._hold_last_nuls(_stuff(b"\n" + start + text)[1:])
+
+    def _hold(self, nuls: int) -> bytes:
+        """Hold NULs at the start of a line; return them if they are too many."""
+        if nuls <= PIPE_BLOCK and not self._is_late:
+            self._held = nuls
+            return b""
+        self._held, self._is_late = 0, True
+        return b"\0" * nuls
+
+    def _hold_last_nuls(self, stuffed: bytes) -> bytes:
         kept = stuffed.rstrip(b"\0")
         self._at_start = kept.endswith(b"\n")
         self._is_late = False
-        return kept + self._hold(stuffed[len(kept) :]) if self._at_start else stuffed
+        if not self._at_start:
+            return stuffed
+        return kept + self._hold(len(stuffed) - len(kept))
 
-    def _stuff(self, octets: bytes) -> bytes:
-        stuffed = octets.replace(b"\n.", b"\n..") if b"." in octets else octets
-        if b"\0" in octets and b"\n\0" in stuffed:
-            stuffed = _NULS_AND_DOT.sub(rb"\n.\1", stuffed)
-        nuls = len(octets) - len(octets.lstrip(b"\0"))
-        if self._at_start and octets[nuls : nuls + 1] == b".":
-            if self._is_late:
-                return stuffed[:nuls] + b" " + stuffed[nuls:]
-            return b"." + stuffed
-        return stuffed
 
-    def _hold(self, nuls: bytes) -> bytes:
-        """Hold back NULs at the start of a line; returns those that are too many."""
-        if len(nuls) <= PIPE_BLOCK:
-            self._held = nuls
-            return b""
-        self._is_late = True
-        return nuls
+def _stuff(octets: bytes) -> bytes:
+    if b"." not in octets:
+        return octets
+    octets = octets.replace(b"\n.", b"\n..")
+    return _stuff_after_nuls(octets) if b"\0" in octets else octets
+
+
+_MANY_NULS_AND_MARK = re.compile(rb"\n(?=\0+\r\0)")
+
+
+def _stuff_after_nuls(octets: bytes) -> bytes:
+    octets = octets.replace(b"\n\0.", b"\n.\0.")
+    if b"\n\0\0" not in octets or b"\0\0." not in octets:
+        return octets
+    # CR NUL is free to be a mark, which goes from the dot to the first of its NULs:
+    # a regular expression that finds these takes ten times as long.
+    octets = octets.replace(b"\0\0.", b"\r\0\0.")
+    if b"\0\r\0" in octets:
+        for number in (16, 8, 4, 2, 1):
+            nuls = b"\0" * number
+            octets = octets.replace(nuls + b"\r\0", b"\r\0" + nuls)
+    octets = octets.replace(b"\n\r\0", b"\n.\0")
+    if b"\0\r\0" in octets:
+        octets = _MANY_NULS_AND_MARK.sub(b"\n.", octets)
+    return octets.replace(b"\r\0", b"\0")
 
 
 class MailDataWriter:

@@ -479,7 +479,7 @@ def test_data_cut_anywhere(
         client.send(data[:cut])
         client.send(data[cut:])
         assert client.reply() == b"250 2.0.0 Ok: queued\r\n"
-    expected = b"one\r\n..two\r\n\r\nthree\r\n..\r\nfour . \r\n..\r\n"
+    expected = b"one\r\n..two\r\n\r\nthree\r\n..\r\nfour .\r\n..\r\n"
     assert {message.data for message in server.messages} == {expected}
     assert len(server.messages) == len(data)
 

@@ -285,6 +285,8 @@ MESSAGES = [
     Dialogue(
         "bare-line-ends-no-filter", message(b"a: b\r\n\r\nc\nd\re\n.\nf\r.\rg"), ""
     ),
+    Dialogue("cr-cr-lf", message(b"a: b\r\r\n\r\r\nc\r\r\n\r\rd")),
+    Dialogue("dots-after-lf", message(b"a: b\r\n\r\nc\n..d\n.e")),
     Dialogue("dots", message(b"a: b\r\n\r\n..\r\n...c\r\n..d")),
     Dialogue("dots-no-filter", message(b"a: b\r\n\r\n..\r\n...c\r\n..d"), ""),
     Dialogue("dots-seen", message(b"a: b\r\n\r\n..\r\n..c"), "sed -e 's/^/>/'"),
@@ -359,6 +361,11 @@ HEADERS = [
     Dialogue(
         "header-no-header",
         message(b"\r\nbody"),
+        settings={"Header": "X-A: 1"},
+    ),
+    Dialogue(
+        "header-no-field",
+        message(b"Hello\r\n\r\nc"),
         settings={"Header": "X-A: 1"},
     ),
     Dialogue("header-no-filter", message(), "", settings={"Header": "X-A: 1"}),

@@ -882,6 +882,23 @@ HEADERS = {
         b"Subject: test\n\nHello\r\n",
         b"Subject: test\r\nX-By: me\r\n\r\nHello\r\n",
     ),
+    "no-field": ("X-By: me", b"Hello\r\n\r\na\r\n", b"X-By: me\r\nHello\r\n\r\na\r\n"),
+    "no-separator": (
+        "X-By: me",
+        b"Subject: test\r\nHello\r\n\r\na\r\n",
+        b"Subject: test\r\nX-By: me\r\nHello\r\n\r\na\r\n",
+    ),
+    "mbox": (
+        "Received: by me",
+        b"From a Thu\r\n" + MESSAGE,
+        b"From a Thu\r\nReceived: by me\r\n" + MESSAGE,
+    ),
+    "blank-first": ("X-By: me", b" a\r\n", b"X-By: me\r\n\r\n a\r\n"),
+    "cr-cr-lf": (
+        "X-By: me",
+        MESSAGE.replace(b"\r\n", b"\r\r\n"),
+        b"Subject: test\r\nX-By: me\r\n\r\nHello\r\n",
+    ),
     "taken-back": ("X-By: me\nHeader:", MESSAGE, MESSAGE),
     "last-wins": (
         "X-By: me\nHeader: X-By: you",

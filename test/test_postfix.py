@@ -237,6 +237,60 @@ def test_body_arrives_as_it_was_sent(
     assert mail.body == body_of(data)
 
 
+# Messages with their header section, or the end of it, in doubt.
+ODD_HEADERS = {
+    "usual": b"Subject: a\r\n\r\nb\r\n",
+    "no field": b"Hello\r\n\r\nSubject: a\r\n",
+    "no empty line": b"Subject: a\r\nHello world: b\r\n\r\nc\r\n",
+    "no name": b"Subject: a\r\n: b\r\nc: d\r\n\r\ne\r\n",
+    "blanks before the colon": b"Subject : a\r\nX-A\t : b\r\n\r\nc\r\n",
+    "line of blanks": b"Subject: a\r\n \r\nX-A: b\r\n\r\nc\r\n",
+    "8-bit name": b"Subject: a\r\n\xe4: b\r\n\r\nc\r\n",
+    "mbox": b"From a@b Thu\r\nSubject: a\r\n\r\nb\r\n",
+    "mbox, quoted and twice": b">>From a\r\nFrom b\r\nSubject: a\r\n\r\nb\r\n",
+    "mbox line in the section": b"Subject: a\r\nFrom b\r\nX-A: c\r\n\r\nd\r\n",
+    "first line begins with a blank": b" a\r\nSubject: b\r\n\r\nc\r\n",
+    "mbox and a blank": b"From a\r\n b\r\nSubject: c\r\n\r\nd\r\n",
+    "bare LF": b"Subject: a\n.b\n\nc\n.d\n..e\r\n",
+    "CR CR LF": b"Subject: a\r\r\n\r\r\nReply-To: b\r\r\n\r\nc\r\n",
+}
+
+
+@pytest.mark.parametrize("field", ["X-By", "Received"])
+@pytest.mark.parametrize("message", ODD_HEADERS.values(), ids=ODD_HEADERS.keys())
+def test_header_where_postfix_has_the_section(
+    loop: Loop, proxsmtpd: StartDaemon, message: bytes, field: str
+) -> None:
+    """The field becomes part of the header section, and nothing else changes."""
+    daemon = proxsmtpd({**loop.settings("cat"), "Header": f"{field}: by me"})
+    mails = []
+    for port in (loop.reentry, loop.filter_port):
+        with smtplib.SMTP("127.0.0.1", port, "client.example", timeout=20) as client:
+            client.sendmail(SENDER, RECIPIENT, message)
+        mails += loop.postfix.wait_mails(1)
+        loop.postfix.wait_idle()
+        loop.postfix.clear()
+    direct, relayed = mails
+    assert daemon.wait_log("status=FILTERED")
+    assert relayed.body == direct.body
+    for name in ("Subject", "X-A", "Reply-To", "X-Mailbox-Line"):
+        assert relayed.header(name) == direct.header(name)
+    section = relayed.content.partition(b"\n\n")[0].decode("latin-1").split("\n")
+    assert section.count(f"{field}: by me") == 1
+    assert f"{field}: by me" not in direct.content.decode("latin-1")
+
+
+def test_filter_that_adds_crs(loop: Loop, proxsmtpd: StartDaemon) -> None:
+    """Where a message has CRLF already, it ends up with CR CR LF."""
+    proxsmtpd(loop.settings(r"sed 's/$/\r/'"))
+    data = b"Subject: a\r\nX-A: b\r\n\r\nReply-To: c\r\n\r\nd\r\n"
+    loop.send(data)
+    (mail,) = loop.postfix.wait_mails(1)
+    assert (mail.header("Subject"), mail.header("X-A")) == ("a", "b")
+    assert mail.header("Reply-To") is None
+    assert mail.body == body_of(data)
+
+
 def test_large_attachment(loop: Loop, proxsmtpd: StartDaemon) -> None:
     proxsmtpd(loop.settings("cat"), level=1)
     content = random.Random(5).randbytes(5 << 20)

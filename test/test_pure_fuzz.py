@@ -42,6 +42,18 @@ Failure = TypeVar("Failure", bound=Exception)
 # What each kind of octets is made of: mostly what means something there.
 ANY = [bytes([octet]) for octet in range(256)]
 LINES = [b"\r\n", b"\r", b"\n", b".", b"\r\n.", b"\r\n.\r\n", b"\0", b"a", b"b c", b""]
+HEADER = [
+    *(b"\r\n", b"\n", b"\r", b" ", b"\t", b":", b"a", b"Subject", b"b: c\r\n", b"\0"),
+    *(
+        b"From x\r\n",
+        b"From",
+        b">From ",
+        b">",
+        b"\r\n\r\n",
+        b"x y: z\r\n",
+        b"e: f\n g\n",
+    ),
+]
 COMMANDS = [
     *(b"DATA", b"bdat", b"MAIL FROM:", b"RCPT TO:", b"EHLO ", b"AUTH ", b"XFORWARD "),
     *(b"<", b">", b'"', b"\\", b":", b"@", b" ", b"\t", b"\v", b"\f", b"a", b"=", b"+"),
@@ -96,25 +108,39 @@ def reference_read(octets: bytes) -> tuple[bytes, bytes | None]:
         line, _, octets = octets.partition(b"\r\n")
         if line == b".":
             return message, octets
-        message += line.removeprefix(b".") + b"\r\n"
+        message += reference_unstuff(line) + b"\r\n"
     return message, None
+
+
+def reference_unstuff(line: bytes) -> bytes:
+    """What was between two CRLF, without the dots that a client may have added."""
+    first, *others = line.split(b"\n")
+    others = [part[1:] if part.startswith(b"..") else part for part in others]
+    return b"\n".join([first.removeprefix(b"."), *others])
 
 
 def reference_repair(octets: bytes) -> bytes:
     """The same lines, each ended by CRLF, without any other CR or LF."""
-    lines = octets.replace(b"\r\n", b"\n").split(b"\n")
+    lines = octets.split(b"\n")
     if lines[-1] == b"":
         lines.pop()
-    return b"".join(line.replace(b"\r", b" ") + b"\r\n" for line in lines)
+    stripped = (line.rstrip(b"\r") for line in lines)
+    return b"".join(line.replace(b"\r", b" ") + b"\r\n" for line in stripped)
 
 
 def reference_insert(field: bytes, message: bytes) -> bytes:
     """A message of clean lines, with the field in its place."""
-    if field == RECEIVED:
-        return field + message
     lines = message.split(b"\r\n")[:-1]
-    place = lines.index(b"") if b"" in lines else len(lines)
-    head, body = lines[:place], lines[place:]
+    place = 0
+    while place < len(lines) and re.match(rb">{0,9}From ", lines[place]):
+        place += 1
+    is_folded = lines[place : place + 1] and lines[place][:1] in (b" ", b"\t")
+    separator = [b""] if field and is_folded else []
+    if field != RECEIVED and not separator:
+        starts = re.compile(rb"[ \t]|[!-9;-~]+[ \t]*:")
+        while place < len(lines) and starts.match(lines[place]):
+            place += 1
+    head, body = lines[:place], separator + lines[place:]
     return (
         b"".join(line + b"\r\n" for line in head)
         + field
@@ -172,7 +198,7 @@ def test_line_repair() -> None:
 
 @pytest.mark.parametrize("field", [FIELD, RECEIVED, b""], ids=["end", "top", "none"])
 def test_header_inserter(field: bytes) -> None:
-    for dice, octets in mixtures(f"header {field!r}", LINES):
+    for dice, octets in mixtures(f"header {field!r}", LINES, HEADER):
         message = reference_repair(octets)
         inserter = HeaderInserter(field)
         pieces = pieces_of(dice, message)
@@ -196,7 +222,7 @@ def written(pieces: Sequence[bytes], field: bytes) -> bytes:
 
 @pytest.mark.parametrize("field", [FIELD, RECEIVED, b""], ids=["end", "top", "none"])
 def test_writer(field: bytes) -> None:
-    for dice, octets in mixtures(f"writer {field!r}", LINES, ANY):
+    for dice, octets in mixtures(f"writer {field!r}", LINES, HEADER, ANY):
         wire = written(pieces_of(dice, octets), field)
         message = reference_insert(field, reference_repair(octets))
         assert wire == reference_stuff(message) + b".\r\n"
@@ -213,6 +239,40 @@ def test_round_trip() -> None:
         behind = mixture(dice, LINES)
         found = read(pieces_of(dice, wire + behind))
         assert found == (reference_repair(octets), behind)
+
+
+# How clients stuff: only where SMTP has a line's end, or also after a bare LF, as
+# smtplib does.  From the first one, two dots after a bare LF cannot be told from the
+# second one's.
+STUFFINGS = {
+    "CRLF": (rb"(\A|\r\n)\.", rb"\n\.\."),
+    "every LF": (rb"(\A|\n)\.", None),
+}
+
+
+@pytest.mark.parametrize(
+    ("line_start", "excluded"), STUFFINGS.values(), ids=STUFFINGS.keys()
+)
+def test_relayed_lines_are_the_clients(
+    line_start: bytes, excluded: bytes | None
+) -> None:
+    """However it is stuffed and cut, the server gets the lines that were meant."""
+    relayed = 0
+    for dice, octets in mixtures(f"relay {line_start!r}", LINES, ANY):
+        bare = octets.replace(b"\r\n", b"")
+        if excluded and re.search(excluded, bare):
+            continue
+        meant = octets if octets.endswith(b"\r\n") else octets + b"\r\n"
+        wire = re.sub(line_start, rb"\1..", meant) + b".\r\n"
+        reader, writer = MailDataReader(), MailDataWriter()
+        sent = b"".join(writer.feed(reader.feed(p)) for p in pieces_of(dice, wire))
+        assert reader.ended
+        assert reader.rest == b""
+        assert sent + writer.finish() == reference_stuff(reference_repair(meant)) + (
+            b".\r\n"
+        )
+        relayed += 1
+    assert relayed > ROUNDS
 
 
 # --- The buffers ---------------------------------------------------------------

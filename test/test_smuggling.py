@@ -99,14 +99,14 @@ def stuffed(data: bytes) -> bytes:
 
 def cleaned(data: bytes) -> bytes:
     """What the server must get for a message of these octets (SPEC, 5)."""
-    lines = re.split(rb"\r?\n", data)
+    lines = re.split(rb"\r*\n", data)
     spaced = [line.replace(b"\r", b" ") for line in lines]
     return CRLF.join(b"." + line if line[:1] == b"." else line for line in spaced)
 
 
 def unstuffed(data: bytes) -> bytes:
-    """What mail data from the wire means: only CRLF begins a line."""
-    return data.replace(b"\r\n.", b"\r\n")
+    """What mail data from the wire means: a dot after a bare LF may be unstuffed."""
+    return re.sub(rb"(\r\n)\.|(\n)\.(?=\.)", rb"\1\2", data)
 
 
 def check_one_meaning(data: bytes) -> None:
