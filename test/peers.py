@@ -1,7 +1,7 @@
 """Servers other than Postfix to stand behind proxsmtpd: Exim and OpenSMTPD.
 
-Exim can stand in front of it as well: it sends mail for elsewhere.example to the port of
-this machine that `send_to` has named.
+Exim can stand in front of it as well: it sends mail for elsewhere.example to the
+port of this machine that `send_to` has named.
 
 Their packages and Postfix's exclude each other, so these are only unpacked, into the
 directory that the environment variable PROXSMTPD_PEERS names (see .ci/run).  Each
