@@ -147,33 +147,106 @@ XCLIENT_UNAVAILABLE = frozenset((500, 501, 502, 503, 504, 550))
 # Without NAME it would go on to take the client for the host that we are on.
 XCLIENT_UNLISTED = frozenset((b"NAME",))
 
+
+# ---------------------------------------------------------------------------
+# Text and octets
+# ---------------------------------------------------------------------------
+
+
+def to_octets(text: str) -> bytes:
+    """Configuration text as the octets that stood in the file."""
+    return text.encode("utf-8", "surrogateescape")
+
+
+def to_text(octets: bytes) -> str:
+    """Octets as text from which `to_octets` gets them back unharmed."""
+    return octets.decode("utf-8", "surrogateescape")
+
+
+_UNPRINTABLE = {n: f"\\x{n:02x}" for n in (*range(32), 127)}
+
+
+def printable(octets: bytes) -> str:
+    """Octets from anywhere as printable ASCII, for the log.
+
+    What is not printable ASCII becomes ``\\xNN``; the log never holds a control
+    character that a stranger sent.
+    """
+    return octets.decode("ascii", "backslashreplace").translate(_UNPRINTABLE)
+
+
+def shown(text: str) -> str:
+    """Configuration text as printable ASCII, for the log."""
+    return printable(to_octets(text))
+
+
+# ---------------------------------------------------------------------------
+# Replies (RFC 5321 section 4.2)
+# ---------------------------------------------------------------------------
+
+
+class Reply(bytes):
+    """A whole reply as it goes over the wire, every line with its CRLF."""
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, *lines: bytes) -> Reply:
+        """From its lines, without their ends."""
+        return cls(b"\r\n".join((*lines, b"")))
+
+    @property
+    def code(self) -> int:
+        return int(self[:3])
+
+    @property
+    def is_success(self) -> bool:
+        return self[:1] == b"2"
+
+    @property
+    def is_refusal(self) -> bool:
+        return self[:1] in (b"4", b"5")
+
+    @property
+    def lines(self) -> list[bytes]:
+        return self.split(b"\r\n")[:-1]
+
+    @property
+    def text(self) -> str:
+        """All of it on one line, for the log, cut where it gets very long."""
+        return " ".join(map(printable, self[:REPLY_SHOWN].split(b"\r\n"))).rstrip(" ")
+
+
 # Every reply of ours; the rest is the server's or the filter's.
-GREETING = b"220 smtp.passthru"
+GREETING = Reply.of(b"220 smtp.passthru")
 HELLO = b"smtp.passthru"
-START_INPUT = b"354 Start mail input; end with <CRLF>.<CRLF>"
-BUSY = b"421 Server busy, too many connections"
-NO_THREAD = b"421 Local Error, cannot start thread"
-NO_RESOURCES = b"421 Local Error, try again later"
-NO_SERVER = b"421 Server not available"
-NO_DESTINATION = b"421 No original destination to connect to"
-SERVER_LOST = b"421 Connection to server lost"
-SERVER_TIMED_OUT = b"421 Server timed out"
-SERVER_CONFUSED = b"421 Server gave an unusable reply"
-CLIENT_TIMED_OUT = b"421 Timed out waiting for client"
-CLIENT_GONE = b"421 Client closed the connection before the message was accepted"
-SHUTTING_DOWN = b"421 Service shutting down"
-LOCAL_ERROR = b"451 Local Error"
-TOO_MANY_RECIPIENTS = b"452 Too many recipients"
-TOO_LARGE = b"552 Message too large"
-LINE_TOO_LONG = b"500 Line too long"
-BAD_CHARACTER = b"500 Bad character in command"
-UNRECOGNIZED = b"500 Command unrecognized"
-BARE_LINE_FEED = b"500 Lines must end in CRLF"
-DATA_ARGUMENT = b"501 DATA takes no argument"
-NOT_IMPLEMENTED = b"502 Command not implemented"
-NO_TRANSACTION = b"503 DATA needs an accepted MAIL and RCPT first"
-INSUFFICIENT_AUTHORIZATION = b"554 Insufficient authorization"
-OUT_OF_STEP = b"554 Mail data sent without leave"
+START_INPUT = Reply.of(b"354 Start mail input; end with <CRLF>.<CRLF>")
+BUSY = Reply.of(b"421 Server busy, too many connections")
+NO_THREAD = Reply.of(b"421 Local Error, cannot start thread")
+NO_RESOURCES = Reply.of(b"421 Local Error, try again later")
+NO_SERVER = Reply.of(b"421 Server not available")
+NO_DESTINATION = Reply.of(b"421 No original destination to connect to")
+SERVER_LOST = Reply.of(b"421 Connection to server lost")
+SERVER_TIMED_OUT = Reply.of(b"421 Server timed out")
+SERVER_CONFUSED = Reply.of(b"421 Server gave an unusable reply")
+CLIENT_TIMED_OUT = Reply.of(b"421 Timed out waiting for client")
+CLIENT_GONE = Reply.of(
+    b"421 Client closed the connection before the message was accepted"
+)
+SHUTTING_DOWN = Reply.of(b"421 Service shutting down")
+LOCAL_ERROR = Reply.of(b"451 Local Error")
+TOO_MANY_RECIPIENTS = Reply.of(b"452 Too many recipients")
+TOO_LARGE = Reply.of(b"552 Message too large")
+LINE_TOO_LONG = Reply.of(b"500 Line too long")
+BAD_CHARACTER = Reply.of(b"500 Bad character in command")
+UNRECOGNIZED = Reply.of(b"500 Command unrecognized")
+BARE_LINE_FEED = Reply.of(b"500 Lines must end in CRLF")
+DATA_ARGUMENT = Reply.of(b"501 DATA takes no argument")
+NOT_IMPLEMENTED = Reply.of(b"502 Command not implemented")
+NO_TRANSACTION = Reply.of(b"503 DATA needs an accepted MAIL and RCPT first")
+INSUFFICIENT_AUTHORIZATION = Reply.of(b"554 Insufficient authorization")
+OUT_OF_STEP = Reply.of(b"554 Mail data sent without leave")
+# The texts of replies that take more words, and of a setting's default.
 CONTENT_REJECTED = b"550 Content Rejected"
 EMAIL_REJECTED = "530 Email Rejected"
 
@@ -207,18 +280,15 @@ class SystemRefused(ProxsmtpdError):
 class Refusal(ProxsmtpdError):
     """Ends a command; `reply` is what the client gets for it."""
 
-    def __init__(self, *lines: bytes) -> None:
-        super().__init__(*lines)
-        self.reply = Reply.of(*lines)
+    def __init__(self, reply: Reply) -> None:
+        super().__init__(reply.text)
+        self.reply = reply
 
 
 class FilterFailure(ProxsmtpdError):
     """The filter, or what it needs, failed: the message is to be sent again."""
 
-    @property
-    def reply(self) -> Reply:
-        """What the client gets for it."""
-        return Reply.of(LOCAL_ERROR)
+    reply = LOCAL_ERROR
 
 
 class NoRoom(FilterFailure):
@@ -241,9 +311,9 @@ class Hangup(ProxsmtpdError):
 
     level = 1  # a warning
 
-    def __init__(self, cause: str, *lines: bytes) -> None:
+    def __init__(self, cause: str, reply: Optional[Reply] = None) -> None:
         super().__init__(cause)
-        self.reply = Reply.of(*lines) if lines else None
+        self.reply = reply
 
 
 class ShuttingDown(Hangup):
@@ -265,38 +335,6 @@ class ServerLost(Hangup):
     """The server closed or broke its connection, fell silent or talks nonsense."""
 
     level = 0
-
-
-# ---------------------------------------------------------------------------
-# Text and octets
-# ---------------------------------------------------------------------------
-
-
-def to_octets(text: str) -> bytes:
-    """Configuration text as the octets that stood in the file."""
-    return text.encode("utf-8", "surrogateescape")
-
-
-def to_text(octets: bytes) -> str:
-    """Octets as text from which `to_octets` gets them back unharmed."""
-    return octets.decode("utf-8", "surrogateescape")
-
-
-_UNPRINTABLE = {n: f"\\x{n:02x}" for n in (*range(32), 127)}
-
-
-def printable(octets: bytes) -> str:
-    """Octets from anywhere as printable ASCII, for the log.
-
-    What is not printable ASCII becomes ``\\xNN``; the log never holds a control
-    character that a stranger sent.
-    """
-    return octets.decode("ascii", "backslashreplace").translate(_UNPRINTABLE)
-
-
-def shown(text: str) -> str:
-    """Configuration text as printable ASCII, for the log."""
-    return printable(to_octets(text))
 
 
 # ---------------------------------------------------------------------------
@@ -702,7 +740,7 @@ def xclient_command(
 
 
 # ---------------------------------------------------------------------------
-# Replies (RFC 5321 section 4.2)
+# The server's replies
 # ---------------------------------------------------------------------------
 
 # Reply-line = *( Reply-code "-" [ textstring ] CRLF ) Reply-code [ SP textstring ] CRLF
@@ -714,38 +752,6 @@ _PLAIN_REPLY = re.compile(
 _CODED_LINE = re.compile(rb"([245][0-9][0-9])(?:[ -](.*))?", re.DOTALL)
 # A client might take a bare CR for the end of the line.
 _LINE_BREAKS_TO_MARK = bytes.maketrans(b"\r\n\0", b"???")
-
-
-class Reply(bytes):
-    """A whole reply as it goes over the wire, every line with its CRLF."""
-
-    __slots__ = ()
-
-    @classmethod
-    def of(cls, *lines: bytes) -> Reply:
-        """From its lines, without their ends."""
-        return cls(b"\r\n".join((*lines, b"")))
-
-    @property
-    def code(self) -> int:
-        return int(self[:3])
-
-    @property
-    def is_success(self) -> bool:
-        return self[:1] == b"2"
-
-    @property
-    def is_refusal(self) -> bool:
-        return self[:1] in (b"4", b"5")
-
-    @property
-    def lines(self) -> list[bytes]:
-        return self.split(b"\r\n")[:-1]
-
-    @property
-    def text(self) -> str:
-        """All of it on one line, for the log, cut where it gets very long."""
-        return " ".join(map(printable, self[:REPLY_SHOWN].split(b"\r\n"))).rstrip(" ")
 
 
 class ReplyBuffer:
@@ -1927,8 +1933,8 @@ class Channel:
 
     side: str
     lost: type[Hangup]
-    broken: tuple[bytes, ...] = ()  # what the client hears of a broken connection
-    silent: tuple[bytes, ...] = ()  # and of one that stalls
+    broken: Optional[Reply] = None  # to the client, when the connection breaks
+    silent: Optional[Reply] = None  # and when it stalls
 
     def __init__(self, sock: socket.socket, timeout: float, log: Log) -> None:
         self._socket = sock
@@ -1962,13 +1968,13 @@ class Channel:
         except OSError as error:
             if error.errno in _AGAIN:
                 text = f"{self.side}: network write operation timed out"
-                raise self.lost(text, *self.silent) from error
+                raise self.lost(text, self.silent) from error
             raise self._broken(
                 f"couldn't write data to socket: {reason(error)}"
             ) from error
 
     def _broken(self, what: str) -> Hangup:
-        return self.lost(f"{self.side}: {what}", *self.broken)
+        return self.lost(f"{self.side}: {what}", self.broken)
 
     def wait(self, seconds: float, *others: PollableEvent) -> bool:
         """Wait until this side has spoken or hung up, or for an event; False when
@@ -2078,8 +2084,8 @@ class ServerChannel(Channel):
 
     side = "SERVER"
     lost = ServerLost
-    broken = (SERVER_LOST,)
-    silent = (SERVER_TIMED_OUT,)
+    broken = SERVER_LOST
+    silent = SERVER_TIMED_OUT
 
     def __init__(
         self,
@@ -2115,7 +2121,7 @@ class ServerChannel(Channel):
         """Send a command of our own, whose reply only matters if it is 421."""
         reply = self.ask(line)
         if reply.code == 421:
-            raise ServerLost(f"SERVER: {reply.text}", *reply.lines)
+            raise ServerLost(f"SERVER: {reply.text}", reply)
 
     def read_reply(self) -> Reply:
         """Wait for the server's next reply; Hangup if there will be none."""
@@ -2151,8 +2157,8 @@ class ServerChannel(Channel):
         """
         reply = self.read_reply()
         is_news = reply.is_refusal or (reply.is_success and not as_answer)
-        lines = reply.lines if is_news else [SERVER_CONFUSED]
-        raise ServerLost(f"SERVER: unasked reply: {reply.text}", *lines)
+        last_word = reply if is_news else SERVER_CONFUSED
+        raise ServerLost(f"SERVER: unasked reply: {reply.text}", last_word)
 
     def send(self, octets: bytes) -> None:
         try:
@@ -3294,8 +3300,7 @@ class Filtering:
         is_its_own = not was_ended and not isinstance(failure, NoRoom)
         if self._config.passes_failures and is_its_own:
             return Verdict(None, self.original, Status.ERROR_PASSED.value)
-        reply = Reply.of(LOCAL_ERROR)
-        return Verdict(reply, self.original, Status.FILTER_ERROR.value)
+        return Verdict(LOCAL_ERROR, self.original, Status.FILTER_ERROR.value)
 
     def _run(
         self,
@@ -3518,7 +3523,7 @@ class Session:
         if not greeting.is_success and not greeting.is_refusal:
             text = f"SERVER: unusable greeting: {greeting.text}"
             raise ServerLost(text, SERVER_CONFUSED)
-        self.answer(Reply.of(GREETING) if greeting.code == 220 else greeting)
+        self.answer(GREETING if greeting.code == 220 else greeting)
 
     def answer(self, reply: Reply) -> None:
         """Give the client its reply; 421 is the end (RFC 5321 3.8)."""
@@ -3671,11 +3676,11 @@ class Session:
         make a refusal for the time being one for ever.
         """
         if self._client_refusal is not None:
-            raise Refusal(*self._client_refusal.lines)
+            raise Refusal(self._client_refusal)
 
     def _mail(self, command: Command) -> Reply:
         if self._rejects:
-            raise Refusal(*self.config.filter_reject.lines)
+            raise Refusal(self.config.filter_reject)
         # Not every server insists on EHLO, and it must know whose mail it is.
         self._introduce(XCLIENT_UNLISTED, None)
         self._check_client()
@@ -3698,7 +3703,7 @@ class Session:
 
     def _rcpt(self, command: Command) -> Reply:
         if self._rejects:
-            raise Refusal(*self.config.filter_reject.lines)
+            raise Refusal(self.config.filter_reject)
         recipient = parse_path(command.argument)
         if not self._envelope.has_room_for(recipient):
             raise Refusal(TOO_MANY_RECIPIENTS)
@@ -3773,7 +3778,7 @@ class Session:
             self._refuse_data(DATA_ARGUMENT)
         if self._rejects:
             self.log_message(self._envelope, Status.REJECTED.value)
-            self._refuse_data(*self.config.filter_reject.lines)
+            self._refuse_data(self.config.filter_reject)
         if not self._envelope.is_complete:
             self._refuse_data(NO_TRANSACTION)
         envelope, self._envelope = self._envelope, Envelope()
@@ -3785,9 +3790,9 @@ class Session:
         else:
             transfer.filter()
 
-    def _refuse_data(self, *lines: bytes) -> NoReturn:
+    def _refuse_data(self, reply: Reply) -> NoReturn:
         self.expect_silence()
-        raise Refusal(*lines)
+        raise Refusal(reply)
 
     def expect_silence(self) -> None:
         """Where DATA is refused, no mail data may follow; Hangup if it does.
@@ -3867,7 +3872,7 @@ class Transfer:
 
     def filter(self) -> None:
         """Through the filter: only when it has agreed does the server hear DATA."""
-        self._session.answer(Reply.of(START_INPUT))
+        self._session.answer(START_INPUT)
         filtering = Filtering(self._session.shared, self._log)
         with self._hangup_logged(), filtering:
             outcome = self._through_filter(filtering)
@@ -3887,14 +3892,14 @@ class Transfer:
         """End the mail transaction at the server; Hangup if it goes on."""
         reply = self._server.ask(b"RSET")
         if not reply.is_success:
-            last_word = reply.lines if reply.code == 421 else [SERVER_CONFUSED]
-            raise ServerLost(f"SERVER: refused RSET: {reply.text}", *last_word)
+            last_word = reply if reply.code == 421 else SERVER_CONFUSED
+            raise ServerLost(f"SERVER: refused RSET: {reply.text}", last_word)
 
     def _send_noop(self) -> None:
         """Keep the server's connection alive; a refused NOOP is the last one."""
         reply = self._server.ask(b"NOOP")
         if reply.code == 421:
-            raise ServerLost(f"SERVER: {reply.text}", *reply.lines)
+            raise ServerLost(f"SERVER: {reply.text}", reply)
         if not reply.is_success:
             self._log.warning(f"SERVER: refused NOOP, no more KeepAlives: {reply.text}")
             self._keep_alive.stop()
@@ -4000,8 +4005,8 @@ class Transfer:
             raise
         if not isinstance(failure, Refusal):
             self._log.error(str(failure))
-        reply = failure.reply or Reply.of(SERVER_LOST)
-        raise Hangup("client was too slow with the rest of its mail data", *reply.lines)
+        text = "client was too slow with the rest of its mail data"
+        raise Hangup(text, failure.reply)
 
     # The server's side
 
@@ -4063,7 +4068,7 @@ class Transfer:
                 reply = self._transmit(self._incoming(), field)
         except Refusal as refusal:
             # The server has a part of it, and must not take that for the whole.
-            raise Hangup("message is too large", *refusal.reply.lines) from refusal
+            raise Hangup("message is too large", refusal.reply) from refusal
         return Outcome(reply, status.value if reply.is_success else reply.text, False)
 
     def _header(self) -> bytes:
@@ -4088,7 +4093,7 @@ class Transfer:
         except FilterFailure as failure:
             self._log.error(str(failure))
             status = Status.FILTER_ERROR.value
-            return Outcome(Reply.of(LOCAL_ERROR), status, True)
+            return Outcome(LOCAL_ERROR, status, True)
         verdict = filtering.judge(self._variables(), self._keep_alive)
         self._filter_seconds = filtering.seconds
         if verdict.refusal is not None:
@@ -4293,10 +4298,10 @@ class Server(socketserver.ThreadingTCPServer):
         self._take_spare()
         return True
 
-    def _refuse(self, request: socket.socket, text: bytes) -> None:
+    def _refuse(self, request: socket.socket, reply: Reply) -> None:
         # It never blocks: the socket's buffer is empty.
         with contextlib.suppress(OSError):
-            request.sendall(Reply.of(text), socket.MSG_DONTWAIT)
+            request.sendall(reply, socket.MSG_DONTWAIT)
             request.recv(SMALL_BLOCK, socket.MSG_DONTWAIT)
         self.shutdown_request(request)
 
@@ -4504,8 +4509,7 @@ class Rehearsal:
         if config.filter_type is FilterType.REJECT:
             return Verdict(config.filter_reject, original, Status.REJECTED.value)
         if config.max_message_size and len(message) > config.max_message_size:
-            reply = Reply.of(TOO_LARGE)
-            return Verdict(reply, original, reply.text)
+            return Verdict(TOO_LARGE, original, TOO_LARGE.text)
         if not config.filter_command:
             return Verdict(None, original, Status.PASSED.value)
         return filtering.judge(variables, KeepAlive(0, lambda: None))

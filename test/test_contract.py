@@ -617,7 +617,7 @@ def test_octets_come_back_from_text() -> None:
 
 
 def test_refusal_has_a_whole_reply() -> None:
-    assert program.Refusal(b"500 No").reply == Reply(b"500 No\r\n")
-    assert program.Refusal(b"500-a", b"500 b").reply == b"500-a\r\n500 b\r\n"
-    assert program.Hangup("x", b"421 Bye").reply == b"421 Bye\r\n"
+    assert program.Refusal(Reply.of(b"500-a", b"500 b")).reply == b"500-a\r\n500 b\r\n"
+    assert str(program.Refusal(Reply.of(b"500 No"))) == "500 No"
+    assert program.Hangup("x", Reply.of(b"421 Bye")).reply == b"421 Bye\r\n"
     assert program.Hangup("x").reply is None

@@ -587,15 +587,20 @@ def test_manual_has_each_status_of_the_log() -> None:
     assert {n for n in names if n not in fields} == {s.value for s in program.Status}
 
 
-@pytest.mark.parametrize("reply", [program.LOCAL_ERROR, program.CONTENT_REJECTED])
-def test_manual_quotes_the_replies_of_the_verdict(reply: bytes) -> None:
-    assert reply.decode() in rendered(section("proxsmtpd.8", "Verdict"))
+@pytest.mark.parametrize(
+    "reply", [program.LOCAL_ERROR.text, program.CONTENT_REJECTED.decode()]
+)
+def test_manual_quotes_the_replies_of_the_verdict(reply: str) -> None:
+    assert reply in rendered(section("proxsmtpd.8", "Verdict"))
 
 
 def replies_of_the_program() -> list[str]:
     """All the replies that stand at the top of the module."""
     texts = (value for name, value in vars(program).items() if name.isupper())
-    lines = (program.to_text(t) if isinstance(t, bytes) else str(t) for t in texts)
+    lines = (
+        program.to_text(text).rstrip("\r\n") if isinstance(text, bytes) else str(text)
+        for text in texts
+    )
     return sorted(line for line in lines if re.fullmatch(r"[2-5]\d\d .+", line))
 
 
