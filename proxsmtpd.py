@@ -79,9 +79,10 @@ DEFAULT_LISTEN_PORT = 10025
 DEFAULT_SERVER_PORT = 25
 MAX_CONNECTIONS = 10240
 
-# AUTH allows a line of 12,288 octets with its CRLF (RFC 4954 section 4); every
-# other limit (RFC 5321 4.5.3.1.4: 512, and what extensions add) is smaller.
-COMMAND_LIMIT = 12288
+# Octets of a command line with its CRLF: where Postfix cuts a line, and executes the
+# part before the cut.  Standards ask for less, except for AUTH (RFC 4954 section 4).
+COMMAND_LIMIT = 2048
+AUTH_LIMIT = 12288
 # A reply line has 512 octets at most (RFC 5321 4.5.3.1.5), whole of a reply is
 # not bounded there; nobody says this much in answer to one command.
 REPLY_LIMIT = 256 * 1024
@@ -133,13 +134,9 @@ DESCRIPTORS_EACH = 10  # descriptors that a connection with a filter has
 MACOS_DESCRIPTORS = 10240  # OPEN_MAX, the most that macOS takes as a limit
 MOST_INHERITED = 65536  # descriptors that are looked for where none are listed
 
-# Service extensions that a proxy for commands and mail data cannot carry: they
-# hide the dialogue, bring mail data by other ways than DATA, or change whom
-# the server takes us for.
-REMOVED_EXTENSIONS = frozenset(
-    b"STARTTLS CHUNKING BINARYMIME CHECKPOINT XCLIENT XEXCH50 BURL PRDR"
-    b" PIPECONNECT PIPE_CONNECT X_PIPE_CONNECT PIPELINING".split()
-)
+MAX_REFUSALS = 100  # of a client's commands by us in a session, before it ends
+MAX_REFUSALS_IN_A_ROW = 20
+ADDRESS_SHOWN = 256  # characters of an address in the log line of a message
 
 # XCLIENT's refusals that speak of the command or of us, not of the client.
 XCLIENT_UNAVAILABLE = frozenset((500, 501, 502, 503, 504, 550))
@@ -219,6 +216,7 @@ class Reply(bytes):
 
 # Every reply of ours; the rest is the server's or the filter's.
 GREETING = Reply.of(b"220 smtp.passthru")
+GREETING_ESMTP = Reply.of(b"220 smtp.passthru ESMTP")
 HELLO = b"smtp.passthru"
 START_INPUT = Reply.of(b"354 Start mail input; end with <CRLF>.<CRLF>")
 BUSY = Reply.of(b"421 Server busy, too many connections")
@@ -245,6 +243,7 @@ DATA_ARGUMENT = Reply.of(b"501 DATA takes no argument")
 NOT_IMPLEMENTED = Reply.of(b"502 Command not implemented")
 NO_TRANSACTION = Reply.of(b"503 DATA needs an accepted MAIL and RCPT first")
 INSUFFICIENT_AUTHORIZATION = Reply.of(b"554 Insufficient authorization")
+TOO_MANY_ERRORS = Reply.of(b"421 Too many errors")
 OUT_OF_STEP = Reply.of(b"554 Mail data sent without leave")
 # The texts of replies that take more words, and of a setting's default.
 CONTENT_REJECTED = b"550 Content Rejected"
@@ -278,11 +277,15 @@ class SystemRefused(ProxsmtpdError):
 
 
 class Refusal(ProxsmtpdError):
-    """Ends a command; `reply` is what the client gets for it."""
+    """Ends a command; `reply` is what the client gets for it.
 
-    def __init__(self, reply: Reply) -> None:
+    `is_error` says that it counts as an error of the client.
+    """
+
+    def __init__(self, reply: Reply, *, is_error: bool = True) -> None:
         super().__init__(reply.text)
         self.reply = reply
+        self.is_error = is_error
 
 
 class FilterFailure(ProxsmtpdError):
@@ -568,14 +571,75 @@ _FORBIDDEN_IN_COMMAND = re.compile(rb"[\0\r\n]")
 _VERB = re.compile(rb"[ \t\v\f]*([^ \t\v\f]*)[ \t\v\f]*")
 _PLAIN_VERB = re.compile(rb"[!-~]*")
 
-# What we must not miss when a server takes something else for it: some compare
-# four letters only, some take abbreviations.
-_GUARDED_VERBS = (b"MAIL", b"RCPT", b"AUTH", b"DATA", b"BDAT", b"BURL", b"XCLIENT")
-_GUARDED_BY_START = {
-    verb[:length]: verb for verb in reversed(_GUARDED_VERBS) for length in range(1, 5)
+
+class Match(Enum):
+    """How a word becomes a verb, since servers differ in that."""
+
+    EXACT = "only the verb itself"
+    # Some servers compare four letters only, some take abbreviations.
+    GUARDED = "the verb itself; what a server might take for it is refused"
+    PREFIX = "any word with its first four letters; abbreviations are refused"
+
+
+class Verb(NamedTuple):
+    """One row of the table of verbs."""
+
+    handler: str  # the method of Session
+    match: Match = Match.EXACT
+    hides: tuple[bytes, ...] = ()  # keywords that EHLO's list must not show
+    is_secret: bool = False  # the argument must not get into the log
+
+
+# Verbs that are not here are relayed, and their arguments are not logged.
+VERBS: dict[bytes, Verb] = {
+    b"HELO": Verb("_helo"),
+    b"EHLO": Verb("_helo"),
+    b"MAIL": Verb("_mail", Match.GUARDED),
+    b"RCPT": Verb("_rcpt", Match.GUARDED),
+    b"DATA": Verb("_data", Match.PREFIX),
+    b"RSET": Verb("_rset"),
+    b"QUIT": Verb("_quit"),
+    b"NOOP": Verb("_relay"),
+    b"HELP": Verb("_relay"),
+    b"VRFY": Verb("_relay"),
+    b"EXPN": Verb("_relay"),
+    b"ETRN": Verb("_relay"),
+    # Authentication; X-EXPS is Exchange's.
+    b"AUTH": Verb("_auth", Match.GUARDED, is_secret=True),
+    b"X-EXPS": Verb("_auth", is_secret=True),
+    # Mail data by other ways than DATA.
+    b"BDAT": Verb("_bdat", Match.PREFIX, (b"CHUNKING", b"BINARYMIME")),
+    b"BURL": Verb("_not_implemented", Match.PREFIX, (b"BURL",), is_secret=True),
+    b"XEXCH50": Verb("_not_implemented", hides=(b"XEXCH50",)),
+    b"LHLO": Verb("_not_implemented"),
+    # Encryption, which would hide the dialogue from us.
+    b"STARTTLS": Verb("_not_implemented", hides=(b"STARTTLS", b"REQUIRETLS")),
+    b"X-ANONYMOUSTLS": Verb("_not_implemented", hides=(b"X-ANONYMOUSTLS",)),
+    # The client and the server change their parts.
+    b"TURN": Verb("_not_implemented"),
+    b"ATRN": Verb("_not_implemented"),
+    # What servers grant to our address must not be granted to our clients.
+    b"XFORWARD": Verb("_xforward"),
+    b"XCLIENT": Verb("_privileged", Match.PREFIX, (b"XCLIENT",)),
+    b"PROXY": Verb("_privileged"),  # Haraka
+    b"INTERNALCMD": Verb("_privileged", is_secret=True),  # Haraka
 }
-# The last of them are ours to refuse, however many letters more they have.
-_NEVER_PLAIN = frozenset(_GUARDED_VERBS[3:])
+UNKNOWN_VERB = Verb("_relay", is_secret=True)
+
+# Extensions without a verb that change what a reply or the mail data means, and
+# PIPELINING, which we do ourselves.
+_OTHER_HIDDEN = (
+    b"CHECKPOINT PRDR PIPECONNECT PIPE_CONNECT X_PIPE_CONNECT PIPELINING".split()
+)
+REMOVED_EXTENSIONS = frozenset(_OTHER_HIDDEN).union(*(v.hides for v in VERBS.values()))
+
+# Which verb a server might take a word for, by up to four letters of it.
+_LOOKALIKES = {
+    name[:length]: name
+    for name, verb in reversed(VERBS.items())
+    if verb.match is not Match.EXACT
+    for length in range(1, 5)
+}
 
 
 def check_octets(line: bytes) -> None:
@@ -608,14 +672,21 @@ class Command(NamedTuple):
         verb = match[1].upper()
         if not _PLAIN_VERB.fullmatch(verb):
             raise Refusal(BAD_CHARACTER)
-        # The verb that a server might take this one for.
-        guarded = _GUARDED_BY_START.get(verb[:4], b"")
-        if guarded not in (b"", verb):
-            if guarded not in _NEVER_PLAIN or guarded.startswith(verb):
-                raise Refusal(UNRECOGNIZED)
-            rest = line[match.start(1) + 4 :].rstrip(_BLANKS)
-            return cls(line, guarded, rest)
-        return cls(line, verb, line[match.end() :].rstrip(_BLANKS))
+        other = _LOOKALIKES.get(verb[:4], b"")
+        if other in (b"", verb):
+            return cls(line, verb, line[match.end() :].rstrip(_BLANKS))
+        if VERBS[other].match is Match.GUARDED or other.startswith(verb):
+            raise Refusal(UNRECOGNIZED)
+        return cls(line, other, line[match.start(1) + 4 :].rstrip(_BLANKS))
+
+    @property
+    def log_as(self) -> bytes:
+        """The line as the log may have it: without passwords."""
+        if not self.argument or not VERBS.get(self.verb, UNKNOWN_VERB).is_secret:
+            return self.line
+        words = self.line.split()
+        shown = words[:2] if self.verb == b"AUTH" else words[:1]
+        return b" ".join([*shown, *(b"[...]" for _ in words[len(shown) :])])
 
 
 # RFC 5321 4.1.2: Path = "<" [ A-d-l ":" ] Mailbox ">", where the local part may
@@ -779,8 +850,10 @@ class ReplyBuffer:
     def next_reply(self) -> Optional[Reply]:
         """The next whole reply, or None until more has come.
 
-        A bare CR or NUL in it becomes a question mark.  Raises `BadReply` for
-        what is no reply: no code, codes that differ, or no end in sight.
+        A bare CR or NUL in it becomes a question mark.  If its lines differ in their
+        codes, all get the last one's, which counts (postscreen greets with 220- and
+        then refuses).  Raises `BadReply` for a line without a code, and for a reply
+        whose end is not in sight.
         """
         if not self._octets:
             return None
@@ -788,7 +861,8 @@ class ReplyBuffer:
         while line is not None:
             if self._add(line):
                 lines, self._lines, self._size = self._lines, [], 0
-                return Reply.of(*lines)
+                code = lines[-1][:3]
+                return Reply.of(*(code + line[3:] for line in lines))
             line = self._next_line()
         if self._size + len(self._octets) > REPLY_LIMIT:
             raise BadReply("reply without end")
@@ -807,13 +881,24 @@ class ReplyBuffer:
     def _add(self, line: bytes) -> bool:
         """Take a line of a reply; True if it is the last one."""
         match = _REPLY_LINE.match(line)
-        if match is None or (self._lines and self._lines[0][:3] != match[1]):
+        if match is None:
             raise BadReply(f"not a reply: {printable(line[:REPLY_LINE_LIMIT])}")
         self._size += len(line)
         if self._size > REPLY_LIMIT:
             raise BadReply("reply without end")
         self._lines.append(line.translate(_LINE_BREAKS_TO_MARK))
         return match[2] != b"-"
+
+
+_ESMTP = re.compile(rb"\bESMTP\b", re.IGNORECASE)
+
+
+def hide_greeting(reply: Reply) -> Reply:
+    """Return a 220 as the client gets it: without the server's name, on one line.
+
+    Clients that look for the word ESMTP send EHLO only where they find it.
+    """
+    return GREETING_ESMTP if _ESMTP.search(reply) else GREETING
 
 
 def rewrite_hello(reply: Reply, *, extended: bool, size: int = 0) -> Reply:
@@ -886,6 +971,7 @@ def _one_line(text: bytes) -> Reply:
 # ---------------------------------------------------------------------------
 
 
+_AUTH_LINE = re.compile(rb"[ \t\v\f]*(?:AUTH|X-EXPS)[ \t\v\f]", re.IGNORECASE)
 _QUIT_AT_END = re.compile(rb"(?:^|\n)[ \t]*QUIT[ \t]*\r\n\Z", re.IGNORECASE)
 
 
@@ -918,29 +1004,32 @@ class CommandBuffer:
         """Tell whether the last line, once `more` has been fed, is QUIT."""
         return bool(_QUIT_AT_END.search(self._octets[-COMMAND_LIMIT:] + more))
 
-    def next_line(self) -> Optional[bytes]:
+    def next_line(self, *, is_answer: bool = False) -> Optional[bytes]:
         """The next line without its CRLF, or None until more has come.
 
-        Raises `Refusal` (500) for a line that is too long, and for one that ends
-        in a bare LF behind which nothing has come: a client that ends its lines so
-        would wait for ever.
+        `is_answer` says that it answers a challenge of an authentication.  Raises
+        `Refusal` (500) for a line that is too long, and for one that ends in a bare
+        LF if nothing has come after it: a client that ends its lines so would wait
+        for its reply.
         """
         if not self._octets:
             return None
+        is_long = is_answer or _AUTH_LINE.match(self._octets)
+        limit = AUTH_LIMIT if is_long else COMMAND_LIMIT
         end = self._octets.find(b"\r\n", self._scanned)
         if end < 0:
-            self._check_unfinished()
+            self._check_unfinished(limit)
             return None
         line = bytes(self._octets[:end])
         del self._octets[: end + 2]
-        is_overlong = self._is_overlong or end + 2 > COMMAND_LIMIT
+        is_overlong = self._is_overlong or end + 2 > limit
         self._is_overlong, self._scanned = False, 0
         if is_overlong:
             raise Refusal(LINE_TOO_LONG)
         return line
 
-    def _check_unfinished(self) -> None:
-        if len(self._octets) > COMMAND_LIMIT:
+    def _check_unfinished(self, limit: int) -> None:
+        if len(self._octets) > limit:
             self._is_overlong = True
             del self._octets[:-1]  # the last octet may be the CR of the end
         elif self._octets.endswith(b"\n") and not self._is_overlong:
@@ -1324,24 +1413,29 @@ class Envelope:
         if b"HELO" in attributes:
             self.remote_helo = attributes[b"HELO"]
 
-    def describe(self, client: str, status: str) -> list[str]:
-        """The log line of a message.
+    def describe(self, client: str, status: str) -> Iterator[str]:
+        """Return the log lines of a message: one, or more for many recipients.
 
-        Where syslogd would cut it, since it has very many recipients, there are
-        more, each of them with all but some of the recipients.
+        Long lines are split, so that syslogd does not cut them; each has the client
+        and the status, the first one has the sender too.
         """
-        fields = [f"client={client}"]
+        end = f", status={status}"
+        line = f"client={client}"
         if self.sender is not None:
-            fields.append(f"from={printable(self.sender)}")
-        start, end = ", ".join(fields), f", status={status}"
-        lines = [start]
+            line += f", from={loggable_address(self.sender)}"
         for recipient in self.recipients:
-            field = f", to={printable(recipient)}"
-            is_full = len(lines[-1]) + len(field) + len(end) > LOG_LINE_LIMIT
-            if is_full and lines[-1] != start:
-                lines.append(start)
-            lines[-1] += field
-        return [line + end for line in lines]
+            field = f", to={loggable_address(recipient)}"
+            if len(line) + len(field) + len(end) > LOG_LINE_LIMIT:
+                yield line + end
+                line = f"client={client}"
+            line += field
+        yield line + end
+
+
+def loggable_address(address: bytes) -> str:
+    """Return an address for the log line of a message, where it is one word."""
+    text = printable(address).replace(" ", "\\x20").replace(",", "\\x2c")
+    return text[:ADDRESS_SHOWN]
 
 
 # ---------------------------------------------------------------------------
@@ -2101,21 +2195,41 @@ class ServerChannel(Channel):
         self._client = client
         self._replies = ReplyBuffer()
 
-    def ask(self, line: bytes, shown: Optional[bytes] = None) -> Reply:
-        """Send a command line (without CRLF) and wait for its reply.
+    def ask(self, line: bytes, log_as: Optional[bytes] = None) -> Reply:
+        """Send a command line (without CRLF), log it, and wait for its reply.
 
-        `shown` stands in the log in its place.
+        `log_as` is logged in its place.  Raises `ServerLost` if there is no reply, or
+        if the server asks for mail data (354), which only `ask_for_data` may get.
         """
-        if self.has_more:
-            self.relay_unasked()
-        self._log.dialogue(self.side, ">", line if shown is None else shown)
-        self.send(line + b"\r\n")
-        reply = self.read_reply()
-        if reply.code == 354 and line != b"DATA":
+        reply = self._ask(line, line if log_as is None else log_as)
+        if reply.code == 354:
             # It would take what comes next for mail data, past the filter.
             text = "SERVER: asked for mail data, but no DATA was sent"
             raise ServerLost(text, SERVER_CONFUSED)
         return reply
+
+    def ask_for_data(self) -> Reply:
+        """Send DATA; return the server's reply, 354 or a refusal."""
+        if self.has_spoken():
+            # Its replies may have got one out of step with our commands.
+            self.relay_unasked()
+        reply = self._ask(b"DATA", b"DATA")
+        if reply.code != 354 and not reply.is_refusal:
+            raise self.confused(reply)
+        return reply
+
+    @staticmethod
+    def confused(reply: Reply) -> ServerLost:
+        """Return the error for a reply that means nothing for mail data."""
+        text = f"SERVER: unusable reply to mail data: {reply.text}"
+        return ServerLost(text, SERVER_CONFUSED)
+
+    def _ask(self, line: bytes, log_as: bytes) -> Reply:
+        if self.has_more:
+            self.relay_unasked()
+        self._log.dialogue(self.side, ">", log_as)
+        self.send(line + b"\r\n")
+        return self.read_reply()
 
     def tell(self, line: bytes) -> None:
         """Send a command of our own, whose reply only matters if it is 421."""
@@ -3393,6 +3507,9 @@ class Session:
         self._client_refusal: Optional[Reply] = None  # the server's, to XCLIENT
         self._is_authenticated = False
         self._server_has_size = False
+        self._refusals = 0  # of commands, by us
+        self._refusals_in_a_row = 0
+        self._has_warned = False  # of privileged commands
 
     @property
     def local_peer(self) -> Peer:
@@ -3523,7 +3640,9 @@ class Session:
         if not greeting.is_success and not greeting.is_refusal:
             text = f"SERVER: unusable greeting: {greeting.text}"
             raise ServerLost(text, SERVER_CONFUSED)
-        self.answer(GREETING if greeting.code == 220 else greeting)
+        if greeting.code == 220:
+            greeting = hide_greeting(greeting)
+        self.answer(greeting)
 
     def answer(self, reply: Reply) -> None:
         """Give the client its reply; 421 is the end (RFC 5321 3.8)."""
@@ -3541,13 +3660,28 @@ class Session:
             reply = self._respond(self._next_line())
         except Refusal as refusal:
             self._cancel_authentication()
-            reply = refusal.reply
-        if reply is not None:
-            self.answer(reply)
+            self.answer(refusal.reply)
+            self._count_refusal(refusal)
+        else:
+            self._refusals_in_a_row = 0
+            if reply is not None:
+                self.answer(reply)
+
+    def _count_refusal(self, refusal: Refusal) -> None:
+        """End the session of a client that makes error after error."""
+        if not refusal.is_error:
+            return
+        self._refusals += 1
+        self._refusals_in_a_row += 1
+        if (
+            self._refusals >= MAX_REFUSALS
+            or self._refusals_in_a_row >= MAX_REFUSALS_IN_A_ROW
+        ):
+            raise Hangup("client made too many errors", TOO_MANY_ERRORS)
 
     def _next_line(self) -> bytes:
         """The client's next line; replies go out before anything is waited for."""
-        line = self.client.commands.next_line()
+        line = self._whole_line()
         while line is None:
             self.client.flush()
             if self.server.has_more:
@@ -3561,8 +3695,12 @@ class Session:
                     raise Hangup(text, CLIENT_TIMED_OUT)
                 octets = self.client.receive()
             self.client.commands.feed(octets)
-            line = self.client.commands.next_line()
+            line = self._whole_line()
         return line
+
+    def _whole_line(self) -> Optional[bytes]:
+        is_answer = self._phase is Phase.AUTHENTICATION
+        return self.client.commands.next_line(is_answer=is_answer)
 
     def _watch_others(self, seconds: float, *client: int) -> list[int]:
         """Wait until `client` is readable; empty when the time is over.
@@ -3583,9 +3721,10 @@ class Session:
             check_octets(line)
             return self._authenticate(line, b"[...]")
         command = self._parse(line)
-        self.log.dialogue("CLIENT", "<", self._without_secrets(command))
-        handler = self._HANDLERS.get(command.verb, Session._relay)
-        return handler(self, command)
+        self.log.dialogue("CLIENT", "<", command.log_as)
+        handler = getattr(self, VERBS.get(command.verb, UNKNOWN_VERB).handler)
+        reply: Optional[Reply] = handler(command)
+        return reply
 
     def _parse(self, line: bytes) -> Command:
         try:
@@ -3597,18 +3736,28 @@ class Session:
             self.log.dialogue("CLIENT", "<", word[1] + b" [...]")
             raise
 
-    @staticmethod
-    def _without_secrets(command: Command) -> bytes:
-        """The line as the log may have it: AUTH's argument is a password."""
-        if command.verb != b"AUTH":
-            return command.line
-        words = command.argument.split()
-        return b" ".join([b"AUTH", *words[:1], *(b"[...]" for _ in words[1:])])
-
     # The handlers of verbs; each returns the reply, or raises Refusal
 
     def _relay(self, command: Command) -> Reply:
-        return self.server.ask(command.line)
+        return self._ask_server(command.line, command.log_as)
+
+    def _ask_server(self, line: bytes, log_as: bytes) -> Reply:
+        """Relay a line; 334 to any command begins an authentication (RFC 4954)."""
+        reply = self.server.ask(line, log_as)
+        is_challenge = reply.code == 334
+        self._phase = Phase.AUTHENTICATION if is_challenge else Phase.COMMAND
+        return reply
+
+    def _auth(self, command: Command) -> Reply:
+        return self._authenticate(command.line, command.log_as)
+
+    def _authenticate(self, line: bytes, log_as: bytes) -> Reply:
+        """Relay AUTH, or an answer to the challenge that came back."""
+        reply = self._ask_server(line, log_as)
+        if reply.code == 235:
+            self._is_authenticated = True
+            self.log.debug("Client authenticated successfully")
+        return reply
 
     def _helo(self, command: Command) -> Reply:
         """HELO and EHLO; behind the first, the server learns who the client is."""
@@ -3650,6 +3799,7 @@ class Session:
         reply = self._tell_address(offered, hello)
         if reply.is_success:
             self._introduction = Introduction.MADE
+            self._is_authenticated = False  # the server begins from the start
         elif reply.code in XCLIENT_UNAVAILABLE:
             self.log.warning("server didn't accept XCLIENT")
         else:
@@ -3680,7 +3830,7 @@ class Session:
 
     def _mail(self, command: Command) -> Reply:
         if self._rejects:
-            raise Refusal(self.config.filter_reject)
+            raise Refusal(self.config.filter_reject, is_error=False)
         # Not every server insists on EHLO, and it must know whose mail it is.
         self._introduce(XCLIENT_UNLISTED, None)
         self._check_client()
@@ -3695,7 +3845,7 @@ class Session:
             return command
         rest, size = take_size(command.argument)
         if size > self.config.max_message_size:
-            raise Refusal(TOO_LARGE)
+            raise Refusal(TOO_LARGE, is_error=False)
         if self._server_has_size:
             return command
         # It was our offer, which the server knows nothing of.
@@ -3703,10 +3853,11 @@ class Session:
 
     def _rcpt(self, command: Command) -> Reply:
         if self._rejects:
-            raise Refusal(self.config.filter_reject)
+            raise Refusal(self.config.filter_reject, is_error=False)
         recipient = parse_path(command.argument)
-        if not self._envelope.has_room_for(recipient):
-            raise Refusal(TOO_MANY_RECIPIENTS)
+        if self._filters and not self._envelope.has_room_for(recipient):
+            # The client sends the rest in another transaction (RFC 5321 4.5.3.1.10).
+            raise Refusal(TOO_MANY_RECIPIENTS, is_error=False)
         reply = self._relay(command)
         if reply.is_success:
             self._envelope.add_recipient(recipient)
@@ -3730,32 +3881,21 @@ class Session:
             self._envelope.add_xforward(parse_xforward(command.argument))
         return reply
 
-    def _xclient(self, _command: Command) -> NoReturn:
-        self.log.warning("client attempted use of privileged XCLIENT feature")
+    def _privileged(self, command: Command) -> NoReturn:
+        if not self._has_warned:
+            self._has_warned = True
+            verb = printable(command.verb)
+            text = f"client attempted use of privileged {verb} feature"
+            self.log.warning(text)
         raise Refusal(INSUFFICIENT_AUTHORIZATION)
 
-    def _never(self, _command: Command) -> NoReturn:
+    def _not_implemented(self, _command: Command) -> NoReturn:
         self.log.debug("ESMTP feature not supported")
         raise Refusal(NOT_IMPLEMENTED)
 
     def _bdat(self, _command: Command) -> NoReturn:
         # What follows is mail data, not commands (RFC 3030 section 2).
         raise Hangup("client sent BDAT, which was not offered", NOT_IMPLEMENTED)
-
-    # AUTH (RFC 4954)
-
-    def _auth(self, command: Command) -> Reply:
-        return self._authenticate(command.line, self._without_secrets(command))
-
-    def _authenticate(self, line: bytes, shown: bytes) -> Reply:
-        """Relay AUTH, or an answer to the challenge that came back."""
-        reply = self.server.ask(line, shown)
-        challenged = reply.code == 334
-        self._phase = Phase.AUTHENTICATION if challenged else Phase.COMMAND
-        if reply.code == 235:
-            self._is_authenticated = True
-            self.log.debug("Client authenticated successfully")
-        return reply
 
     def _cancel_authentication(self) -> None:
         """Give up on a challenge whose answer we had to refuse."""
@@ -3768,6 +3908,11 @@ class Session:
     @property
     def _skips(self) -> bool:
         return self.config.skip_authenticated and self._is_authenticated
+
+    @property
+    def _filters(self) -> bool:
+        """Whether the next message has to pass a filter."""
+        return self.config.filters and not self._skips
 
     @property
     def _rejects(self) -> bool:
@@ -3808,23 +3953,6 @@ class Session:
         for line in envelope.describe(self.client_peer.host, status):
             self.log.info(line)
         self.shared.statistics.note_message(status, octets)
-
-    _HANDLERS: Mapping[bytes, Callable[[Session, Command], Optional[Reply]]] = {
-        b"HELO": _helo,
-        b"EHLO": _helo,
-        b"MAIL": _mail,
-        b"RCPT": _rcpt,
-        b"DATA": _data,
-        b"RSET": _rset,
-        b"QUIT": _quit,
-        b"AUTH": _auth,
-        b"XFORWARD": _xforward,
-        b"XCLIENT": _xclient,
-        b"BDAT": _bdat,
-        **dict.fromkeys(
-            (b"STARTTLS", b"BURL", b"XEXCH50", b"TURN", b"ATRN", b"LHLO"), _never
-        ),
-    }
 
 
 # ---------------------------------------------------------------------------
@@ -4010,20 +4138,6 @@ class Transfer:
 
     # The server's side
 
-    def _ask_for_data(self) -> Reply:
-        """The server's reply to DATA: 354, or a refusal."""
-        if self._server.has_spoken():
-            # Its replies may have got one out of step with our commands.
-            self._server.relay_unasked()
-        reply = self._server.ask(b"DATA")
-        if reply.code != 354 and not reply.is_refusal:
-            raise self._confused(reply)
-        return reply
-
-    def _confused(self, reply: Reply) -> ServerLost:
-        text = f"SERVER: unusable reply to mail data: {reply.text}"
-        return ServerLost(text, SERVER_CONFUSED)
-
     def _transmit(self, blocks: Iterator[bytes], field: bytes) -> Reply:
         """Send mail data and its end; returns the server's word on it."""
         writer = MailDataWriter(field)
@@ -4039,7 +4153,7 @@ class Transfer:
         reply = self._server.read_reply()
         self._server_seconds = time.monotonic() - sent
         if not reply.is_success and not reply.is_refusal:
-            raise self._confused(reply)
+            raise self._server.confused(reply)
         return reply
 
     def _look_round(self) -> None:
@@ -4056,7 +4170,7 @@ class Transfer:
     # Past the filter
 
     def _past_filter(self, status: Status) -> Outcome:
-        reply = self._ask_for_data()
+        reply = self._server.ask_for_data()
         if reply.code != 354:
             self._session.expect_silence()
             return Outcome(reply, reply.text, True)
@@ -4101,7 +4215,7 @@ class Transfer:
         return self._forward(verdict)
 
     def _forward(self, verdict: Verdict) -> Outcome:
-        reply = self._ask_for_data()
+        reply = self._server.ask_for_data()
         if reply.code != 354:
             return Outcome(reply, reply.text, True)
         try:

@@ -69,7 +69,7 @@ class Dialogue:
     program: str = "cat"
     settings: Settings = field(default_factory=dict)
     script: Mapping[str, Reply] = field(default_factory=dict)
-    greeting: bytes = b"220 sink.example ESMTP\r\n"
+    greeting: bytes = b"220 sink.example\r\n"
     extensions: Sequence[bytes] = EXTENSIONS
 
 

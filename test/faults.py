@@ -42,7 +42,7 @@ REPLIES = {
     "none": "421 Local Error, try again later",
     "error": "451 Local Error",
     "no": "550 Content Rejected; no",
-    "hi": "220 smtp.passthru",
+    "hi": "220 smtp.passthru ESMTP",
     "hello": "250-smtp.passthru",  # and so on
     "mail": "250 2.1.0 Ok",
     "rcpt": "250 2.1.5 Ok",

@@ -128,6 +128,20 @@ DESCRIPTIONS = {
         envelope(b"\xe4@b", b"\xc3\xa4@d"),
         "client=192.0.2.9, from=\\xe4@b, to=\\xc3\\xa4@d, status=X",
     ),
+    "fields in a quoted local part": (
+        envelope(b'"a, to=ceo@corp, status=FILTERED"@x', b'"c, status=X"@d'),
+        'client=192.0.2.9, from="a\\x2c\\x20to=ceo@corp\\x2c\\x20status=FILTERED"@x,'
+        ' to="c\\x2c\\x20status=X"@d, status=X',
+    ),
+    "longest addresses": (
+        envelope(b"a" * 256, b"c" * 256),
+        f"client=192.0.2.9, from={'a' * 256}, to={'c' * 256}, status=X",
+    ),
+    "longer addresses": (
+        envelope(b"a" * 2000, b" " * 2000),
+        f"client=192.0.2.9, from={'a' * 256}, to={chr(92) + 'x20':s}"
+        f"{(chr(92) + 'x20') * 63}, status=X",
+    ),
 }
 
 
@@ -135,26 +149,28 @@ DESCRIPTIONS = {
     ("gathered", "line"), DESCRIPTIONS.values(), ids=DESCRIPTIONS.keys()
 )
 def test_log_line(gathered: Envelope, line: str) -> None:
-    assert gathered.describe("192.0.2.9", "X") == [line]
+    assert list(gathered.describe("192.0.2.9", "X")) == [line]
 
 
 @pytest.mark.parametrize("octet", [b"r", b"\xe4"])
 @pytest.mark.parametrize("size", [1, 200, 12_000])
 def test_log_lines_that_syslog_takes(octet: bytes, size: int) -> None:
-    """Each has the sender, the status and as many recipients as there is room for."""
+    """Each has the status and as many recipients as there is room for."""
     recipients = [
-        octet * size + b"@%d" % number for number in range(2 + 90_000 // size)
+        octet * size + b"@%d" % number for number in range(2 + 90_000 // min(size, 256))
     ]
     if len(recipients) > 2000:
         recipients = recipients[:2000]
-    lines = envelope(b"a@b", *recipients).describe("192.0.2.9", "X")
+    lines = list(envelope(b"a@b", *recipients).describe("192.0.2.9", "X"))
+    assert len(lines) > 1
     found = []
-    for line in lines:
-        assert line.startswith("client=192.0.2.9, from=a@b, to=")
+    for number, line in enumerate(lines):
+        start = "client=192.0.2.9, " + ("to=" if number else "from=a@b, to=")
+        assert line.startswith(start)
         assert line.endswith(", status=X")
         found += re.findall(r", to=([^,]*)", line)
-        assert len(line) <= program.LOG_LINE_LIMIT or line.count(", to=") == 1
-    assert found == [program.printable(recipient) for recipient in recipients]
+        assert len(line) <= program.LOG_LINE_LIMIT
+    assert found == [program.printable(recipient)[:256] for recipient in recipients]
     assert all(
         len(a) + len(b) > program.LOG_LINE_LIMIT for a, b in zip(lines, lines[1:])
     )

@@ -326,7 +326,7 @@ def test_out_address_is_required(config: Callable[[str], Path]) -> None:
 def greeted(address: str) -> bool:
     """Whether a client of this address is served."""
     with RawClient(address) as client:
-        return client.reply() == b"220 smtp.passthru\r\n"
+        return client.reply() == b"220 smtp.passthru ESMTP\r\n"
 
 
 def test_listen_on_a_port(proxsmtpd: StartDaemon) -> None:
@@ -380,7 +380,9 @@ def test_stale_unix_socket_is_replaced(proxsmtpd: StartDaemon, tmp_path: Path) -
     path = tmp_path / "socket"
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(str(path))
-    assert proxsmtpd({"Listen": path}).connect().reply() == b"220 smtp.passthru\r\n"
+    assert (
+        proxsmtpd({"Listen": path}).connect().reply() == b"220 smtp.passthru ESMTP\r\n"
+    )
 
 
 @pytest.mark.parametrize("kind", ["file", "directory", "link", "fifo"])
@@ -413,7 +415,7 @@ def test_unix_socket_in_use_stays(
     result = run("-d", "1", "-f", config(f"OutAddress: 25\nListen: {path}\n"))
     assert result.returncode == 1
     assert str(path) in result.stderr
-    assert daemon.connect().reply() == b"220 smtp.passthru\r\n"
+    assert daemon.connect().reply() == b"220 smtp.passthru ESMTP\r\n"
 
 
 @pytest.mark.parametrize("host", ["::1", "127.0.0.3"])
@@ -860,7 +862,7 @@ def test_ignored_signals(number: int, proxsmtpd: StartDaemon) -> None:
         daemon.process.send_signal(number)
         client.expect(b"NOOP", b"250")
     assert client.message(MESSAGE) == QUEUED
-    assert daemon.connect().reply() == b"220 smtp.passthru\r\n"
+    assert daemon.connect().reply() == b"220 smtp.passthru ESMTP\r\n"
 
 
 @pytest.mark.parametrize("command", ["cat", None], ids=["filtered", "streamed"])
@@ -911,14 +913,14 @@ def test_max_connections(proxsmtpd: StartDaemon) -> None:
         assert late.reply() == BUSY
         assert late.eof()
     first.quit()
-    assert poll(lambda: daemon.connect().reply() == b"220 smtp.passthru\r\n")
+    assert poll(lambda: daemon.connect().reply() == b"220 smtp.passthru ESMTP\r\n")
 
 
 def test_max_connections_is_64(proxsmtpd: StartDaemon) -> None:
     daemon = proxsmtpd(level=1)
     clients = [daemon.connect() for _ in range(65)]
     greetings = [client.reply() for client in clients]
-    assert greetings == [b"220 smtp.passthru\r\n"] * 64 + [BUSY]
+    assert greetings == [b"220 smtp.passthru ESMTP\r\n"] * 64 + [BUSY]
 
 
 def test_long_queue(proxsmtpd: StartDaemon) -> None:
@@ -928,7 +930,7 @@ def test_long_queue(proxsmtpd: StartDaemon) -> None:
     clients = [daemon.connect() for _ in range(200)]
     daemon.process.send_signal(signal.SIGCONT)
     greetings = [client.reply() for client in clients]
-    assert greetings == [b"220 smtp.passthru\r\n"] * 2 + [BUSY] * 198
+    assert greetings == [b"220 smtp.passthru ESMTP\r\n"] * 2 + [BUSY] * 198
 
 
 def cpu_seconds(daemon: Daemon) -> float:
@@ -962,7 +964,7 @@ def test_no_descriptors_left(proxsmtpd: StartDaemon) -> None:
         preexec_fn=limited(resource.RLIMIT_NOFILE, 48),
     )
     served = daemon.connect()
-    assert served.reply() == b"220 smtp.passthru\r\n"
+    assert served.reply() == b"220 smtp.passthru ESMTP\r\n"
     for _ in range(4):  # Threads race for the last descriptor: not one storm alone.
         clients = [daemon.connect() for _ in range(80)]
         served.expect(b"NOOP", b"250")
@@ -996,7 +998,7 @@ def test_no_threads_left(detach: Detach) -> None:
     )
     clients = [RawClient(daemon.address) for _ in range(12)]
     greetings = [client.reply() for client in clients]
-    assert greetings[0] == b"220 smtp.passthru\r\n"
+    assert greetings[0] == b"220 smtp.passthru ESMTP\r\n"
     assert re.fullmatch(rb"421 .+\r\n", greetings[-1])
     for client in clients:
         client.close()

@@ -76,7 +76,7 @@ from smtp import (
 TRANSCRIPTS = sorted((Path(__file__).parent / "dialogues").glob("*.txt"))
 
 SETTING = re.compile(r"Set (\w+: .*|\w+:)")
-SERVER_REPLY = re.compile(r"Server (\w+): (.*)")
+SERVER_REPLY = re.compile(r"Server ([\w-]+): (.*)")
 STEP = re.compile(
     r"(->|-\+|-!|<-|<~|<\?~|<!|=>|=~|=\?|=\||=0|=!|<=|log~|log!~)(?: (.*))?"
 )
@@ -404,19 +404,44 @@ def test_commands_and_replies_octet_by_octet(
     assert server.connections[0].lines == [b"NOOP"]
 
 
-@pytest.mark.parametrize("length", [512, 4096, 12286])
+# Verbs, how they are answered, and the octets that a line of them may have.
+LIMITS = {b"NOOP": (b"250", 2048), b"AUTH": (b"235", 12288), b"x-exps": (b"502", 12288)}
+
+
+@pytest.mark.parametrize(("verb", "limit"), LIMITS.items(), ids=str)
 def test_longest_lines(
-    length: int, proxsmtpd: StartDaemon, server: ScriptedServer
+    verb: bytes,
+    limit: tuple[bytes, int],
+    proxsmtpd: StartDaemon,
+    server: ScriptedServer,
 ) -> None:
+    """Postfix executes what stands before 2,048 octets; AUTH needs more."""
+    code, length = limit
     client = proxsmtpd().connect()
     client.reply()
-    line = b"NOOP " + b"x" * (length - 5)
-    assert client.command(line) == b"250 2.0.0 Ok\r\n"
-    assert server.connections[0].lines == [line]
+    longest = verb + b" " + b"x" * (length - len(verb) - 3)
+    client.expect(longest, code)
+    client.send(longest + b"x\r\nRSET\r\n")
+    assert client.reply() == b"500 Line too long\r\n"
+    assert client.reply() == b"250 2.0.0 Ok\r\n"
+    assert server.connections[0].lines == [longest, b"RSET"]
 
 
-@pytest.mark.parametrize("length", [12289, 20000, 1 << 20])
-def test_lines_too_long(
+def test_longest_answer(make_server: MakeServer, proxsmtpd: StartDaemon) -> None:
+    """One in an authentication that is too long cancels it."""
+    server = make_server({"AUTH": b"334 \r\n", "334": b"501 5.7.0 Cancelled\r\n"})
+    client = proxsmtpd(server=server).connect()
+    client.reply()
+    client.expect(b"AUTH PLAIN", b"334")
+    client.expect(b"x" * 12286, b"501")
+    client.expect(b"AUTH PLAIN", b"334")
+    assert client.command(b"x" * 12287) == b"500 Line too long\r\n"
+    lines = [b"AUTH PLAIN", b"x" * 12286, b"AUTH PLAIN", b"*"]
+    assert server.connections[0].lines == lines
+
+
+@pytest.mark.parametrize("length", [12289, 1 << 20])
+def test_lines_far_too_long(
     length: int, proxsmtpd: StartDaemon, server: ScriptedServer
 ) -> None:
     client = proxsmtpd().connect()
@@ -425,6 +450,101 @@ def test_lines_too_long(
     assert client.reply() == b"500 Line too long\r\n"
     assert client.reply() == b"250 2.0.0 Ok\r\n"
     assert server.connections[0].lines == [b"RSET"]
+
+
+# What we refuse, and a server that would take it all.
+REFUSED = {
+    b"XCLIENT ADDR=192.0.2.1": b"554",
+    b"PROXY x": b"554",
+    b"STARTTLS": b"502",
+    b"DATA": b"503",
+    b"DATA x": b"501",
+    b"MAILX": b"500",
+    b"NO\0OP": b"500",
+    b"NOOP " + b"x" * 3000: b"500",
+}
+
+
+@pytest.mark.parametrize(("line", "code"), REFUSED.items(), ids=lambda x: x[:12])
+def test_errors_in_a_row(line: bytes, code: bytes, proxsmtpd: StartDaemon) -> None:
+    daemon = proxsmtpd()
+    client = daemon.connect()
+    client.reply()
+    for _ in range(19):
+        client.expect(line, code)
+    client.expect(b"NOOP", b"250")
+    for _ in range(20):
+        client.expect(line, code)
+    assert client.reply() == b"421 Too many errors\r\n"
+    assert client.eof()
+    daemon.wait_log("client made too many errors$")
+    assert daemon.log().count("attempted use of privileged") <= 1
+
+
+def test_errors_in_a_session(proxsmtpd: StartDaemon) -> None:
+    """What a client may send in one write is answered, as far as that goes."""
+    client = proxsmtpd().connect()
+    client.send(b"NOOP\r\nSTARTTLS\r\n" * 1000)
+    client.reply()
+    codes = [client.reply()[:3] for _ in range(200)]
+    assert codes == [b"250", b"502"] * 100
+    assert client.reply() == b"421 Too many errors\r\n"
+
+
+def test_rejecting_is_no_error_of_the_client(proxsmtpd: StartDaemon) -> None:
+    """A client may pipeline what FilterType: reject refuses."""
+    client = proxsmtpd("FilterType: reject\n").connect()
+    client.send(b"MAIL FROM:<a@b>\r\n" + b"RCPT TO:<c@d>\r\n" * 200)
+    client.reply()
+    replies = {client.reply() for _ in range(201)}
+    assert replies == {b"530 Email Rejected\r\n"}
+    client.expect(b"NOOP", b"250")
+
+
+def test_too_many_recipients_are_no_error_of_the_client(
+    proxsmtpd: StartDaemon, server: ScriptedServer
+) -> None:
+    """It sends the others in another transaction (RFC 5321 4.5.3.1.10)."""
+    client = proxsmtpd({"FilterCommand": "cat"}).connect()
+    client.start(recipients=[])
+    line = b"RCPT TO:<%s@example.com>" % (b"x" * 1900)
+    codes = [client.command(line)[:3] for _ in range(100)]
+    assert codes == [b"250"] * 68 + [b"452"] * 32
+    assert client.message(b"x\r\n") == b"250 2.0.0 Ok: queued\r\n"
+    assert len(server.messages[0].recipients) == 68
+
+
+@pytest.mark.parametrize(
+    "settings", ["", "FilterCommand: exit 1\nSkip: authenticated\n"], ids=str
+)
+def test_all_recipients_where_no_filter_runs(
+    settings: str, proxsmtpd: StartDaemon, server: ScriptedServer
+) -> None:
+    client = proxsmtpd(settings).connect()
+    client.reply()
+    client.expect(b"AUTH PLAIN x", b"235")
+    recipients = [b"<%d%s@example.com>" % (n, b"x" * 1900) for n in range(80)]
+    client.envelope(recipients=recipients)
+    assert client.message(b"x\r\n") == b"250 2.0.0 Ok: queued\r\n"
+    assert server.messages[0].recipients == tuple(recipients)
+
+
+def test_authentication_ends_with_a_late_xclient(
+    make_server: MakeServer, proxsmtpd: StartDaemon
+) -> None:
+    """XCLIENT puts the server back to its greeting, where nobody is authenticated."""
+    ehlo = b"250-sink.example\r\n250 XCLIENT NAME ADDR\r\n"
+    server = make_server({"EHLO": [b"250 sink.example\r\n", ehlo]})
+    settings = {"XClient": "on", "Skip": "authenticated", "FilterCommand": "exit 1"}
+    client = proxsmtpd(settings, server=server).connect()
+    client.reply()
+    client.expect(b"EHLO client.example", b"250")
+    client.expect(b"AUTH PLAIN x", b"235")
+    client.expect(b"EHLO client.example", b"250")
+    client.envelope()
+    assert client.message(b"x\r\n") == b"550 Content Rejected\r\n"
+    verbs = [line.split()[0] for line in server.connections[0].lines]
+    assert verbs[:5] == [b"EHLO", b"AUTH", b"EHLO", b"XCLIENT", b"EHLO"]
 
 
 def test_endless_line_in_bounded_memory(

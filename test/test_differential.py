@@ -186,7 +186,7 @@ VERBS: list[Dialogue] = [
     Dialogue("bare-lf", session(b"NOOP\nNOOP")),
     Dialogue("bare-cr", session(b"NO\rOP")),
     Dialogue("nul", session(b"NO\0OP", b"NOOP")),
-    Dialogue("line-of-4000", session(b"NOOP " + b"x" * 4000)),
+    Dialogue("line-of-2000", session(b"NOOP " + b"x" * 2000)),
     Dialogue("line-of-20000", session(b"NOOP " + b"x" * 20000, b"NOOP")),
     Dialogue("pipelined", (HELO, b"NOOP\r\nHELP", QUIT), script={"HELP": b"214 a\r\n"}),
     Dialogue("rset", session(MAIL, b"RSET", b"RSET")),

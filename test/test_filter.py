@@ -430,7 +430,7 @@ def test_program_that_takes_long_to_start(
         fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
         with start_message(daemon) as client:
             assert poll(lambda: fcntl.fcntl(file, fcntl.F_GETLEASE) != fcntl.F_WRLCK)
-            assert daemon.connect().reply() == b"220 smtp.passthru\r\n"
+            assert daemon.connect().reply() == b"220 smtp.passthru ESMTP\r\n"
             assert server.messages == []
             fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
             assert client.reply() == QUEUED

@@ -644,15 +644,15 @@ def verdict(script: Script) -> bytes | None:
 
 def mended(message: bytes) -> bytes:
     """A message as it must arrive, whatever octets it is made of."""
-    lines = message.replace(b"\r\n", b"\n").replace(b"\r", b" ").split(b"\n")
+    lines = re.sub(rb"\r+(?=\n|\Z)", b"", message).replace(b"\r", b" ").split(b"\n")
     if not lines[-1]:
         lines.pop()
     return b"".join(line + b"\r\n" for line in lines)
 
 
 def submit(address: str, name: str, message: bytes) -> bytes:
-    """Send a message as it is; returns the reply to it."""
-    stuffed = re.sub(rb"(\A|\r\n)\.", rb"\1..", message)
+    """Send a message as it is, stuffed after each LF; returns the reply to it."""
+    stuffed = re.sub(rb"(\A|\n)\.", rb"\1..", message)
     with RawClient(address) as client:
         return client.message(stuffed, b"<%s@example.com>" % name.encode())
 

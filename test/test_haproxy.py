@@ -66,7 +66,7 @@ PATIENCE = 60.0
 
 NAMES = ("a", "b")
 SHUTTING_DOWN = b"421 Service shutting down"
-GREETING = b"220 smtp.passthru\r\n"
+GREETING = b"220 smtp.passthru ESMTP\r\n"
 MESSAGE = b"Subject: Hello\r\n\r\nHello\r\n"
 
 

@@ -541,7 +541,7 @@ def test_ready(manager: Manager, proxsmtpd: StartDaemon, tmp_path: Path) -> None
     uid = pwd.getpwnam("nobody").pw_uid
     assert ready == (b"READY=1", daemon.process.pid, uid)
     assert number == f"{daemon.process.pid}\n"
-    assert client.reply() == b"220 smtp.passthru\r\n"
+    assert client.reply() == b"220 smtp.passthru ESMTP\r\n"
     assert manager.has_nothing()
     client.close()
     assert daemon.stop() == 0

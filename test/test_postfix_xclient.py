@@ -105,7 +105,7 @@ def listen_on_ipv6() -> Iterator[str]:
 def connect(daemon: Daemon, source: str = "") -> RawClient:
     """Connect from that address; the greeting has been read."""
     client = daemon.connect(source=(source, 0) if source else None)
-    assert client.reply() == b"220 smtp.passthru\r\n"
+    assert client.reply() == b"220 smtp.passthru ESMTP\r\n"
     return client
 
 
@@ -381,7 +381,7 @@ def test_pipelining(servers: Servers, proxsmtpd: StartDaemon, hello: bytes) -> N
     hello_line = hello + b" far.example"
     commands = [hello_line, MAIL, b"RCPT TO:<>", RCPT, b"NOOP", b"DATA", b""]
     client.send(b"\r\n".join(commands))
-    assert client.reply() == b"220 smtp.passthru\r\n"
+    assert client.reply() == b"220 smtp.passthru ESMTP\r\n"
     assert client.reply().splitlines()[0][4:] == b"smtp.passthru"
     assert codes(client, 5) == [b"250", b"501", b"250", b"250", b"354"]
     commands = [MESSAGE + b".", MAIL, RCPT, b"RSET", b"VRFY root", b"QUIT", b""]
@@ -402,7 +402,7 @@ def test_pipelining_of_a_refused_client(
     daemon = proxsmtpd(servers.settings("strict at once"))
     client = daemon.connect(source=("127.0.0.66", 0))
     client.send(b"\r\n".join([HELLO, MAIL, RCPT, b"NOOP", b"QUIT", b""]))
-    assert client.reply() == b"220 smtp.passthru\r\n"
+    assert client.reply() == b"220 smtp.passthru ESMTP\r\n"
     assert client.reply() == refusal_of("127.0.0.66").encode() + b"\r\n"
     for _ in (MAIL, RCPT, b"NOOP"):
         assert client.reply().startswith(b"5")

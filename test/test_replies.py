@@ -74,6 +74,15 @@ STREAMS: dict[str, tuple[bytes, list[bytes]]] = {
         b"250-a\r\n250 b\r\n250-c\r\n250 d\r\n",
         [b"250-a\r\n250 b\r\n", b"250-c\r\n250 d\r\n"],
     ),
+    # One reply with the last line's code, as RFC 5321 4.2.1 does not have it.
+    "codes that differ": (
+        b"220-mx.example\r\n521 5.7.1 no\r\n",
+        [b"521-mx.example\r\n521 5.7.1 no\r\n"],
+    ),
+    "codes that differ in the middle": (
+        b"250-a\r\n550-b\r\n250-c\r\n421\r\n",
+        [b"421-a\r\n421-b\r\n421-c\r\n421\r\n"],
+    ),
     "no text": (b"250 \r\n", [b"250 \r\n"]),
     "bare code": (b"250\r\n", [b"250\r\n"]),
     "bare code at the end": (b"250-a\r\n250\r\n", [b"250-a\r\n250\r\n"]),
@@ -142,8 +151,6 @@ NO_REPLIES = {
     "negative": b"-50 Ok\r\n",
     "digits that are no ASCII": "\u0662\u0665\u0660 Ok\r\n".encode(),
     "8-bit": b"\xb250 Ok\r\n",
-    "codes that differ": b"250-a\r\n251 b\r\n",
-    "codes that differ in the middle": b"250-a\r\n550-b\r\n250 c\r\n",
     "no code behind a good line": b"250-a\r\nOk\r\n",
     "no code at the end": b"250-a\r\n\r\n",
 }

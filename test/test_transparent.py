@@ -49,7 +49,7 @@ from smtp import RawClient, ScriptedServer
 from test_daemon import mounted, with_mounts
 from test_documents import section, unescaped
 
-GREETING = b"220 smtp.passthru\r\n"
+GREETING = b"220 smtp.passthru ESMTP\r\n"
 QUEUED = b"250 2.0.0 Ok: queued\r\n"
 NO_DESTINATION = b"421 No original destination to connect to\r\n"
 NO_SERVER = b"421 Server not available\r\n"
