@@ -239,6 +239,7 @@ LINE_TOO_LONG = Reply.of(b"500 Line too long")
 BAD_CHARACTER = Reply.of(b"500 Bad character in command")
 UNRECOGNIZED = Reply.of(b"500 Command unrecognized")
 BARE_LINE_FEED = Reply.of(b"500 Lines must end in CRLF")
+BAD_ADDRESS = Reply.of(b"501 Syntax error in address or parameters")
 DATA_ARGUMENT = Reply.of(b"501 DATA takes no argument")
 NOT_IMPLEMENTED = Reply.of(b"502 Command not implemented")
 NO_TRANSACTION = Reply.of(b"503 DATA needs an accepted MAIL and RCPT first")
@@ -689,49 +690,213 @@ class Command(NamedTuple):
         return b" ".join([*shown, *(b"[...]" for _ in words[len(shown) :])])
 
 
-# RFC 5321 4.1.2: Path = "<" [ A-d-l ":" ] Mailbox ">", where the local part may
-# be a Quoted-string, which may hold any of "<", ">" and (escaped) its quote.
-_PREFIX = re.compile(rb"(?:FROM|TO)?[ \t\v\f]*:?[ \t\v\f]*", re.IGNORECASE)
-_PATH = re.compile(rb'<((?:"(?:\\.|[^"\\])*"|\\.|[^>"\\])*)>', re.DOTALL)
-_BARE_PATH = re.compile(
-    rb'((?:"(?:\\.|[^"\\])*"|\\.|[^< \t\v\f"\\])+)(?:[ \t\v\f]|$)', re.DOTALL
+# The pieces of a path (RFC 5321 4.1.2), and of what RFC 822 allows more of.  Dots may
+# stand anywhere in a local part: `a..b@c` is in use.  8-bit octets are SMTPUTF8's.
+_PATH_PREFIX = re.compile(rb"([A-Za-z]+)[ \t\v\f]*:[ \t\v\f]*")
+_PLAIN_PREFIX = re.compile(rb"[A-Za-z]+:[ \t]*")
+_BLANKS_OR_COMMENT = re.compile(rb"[ \t\v\f]+|\(")
+_IN_COMMENT = re.compile(rb"[^()\\]+|\\.|[()]")
+_WORD = re.compile(
+    rb'"(?:[ !#-\[\]-~\x80-\xff]|\\[ -~])*"'
+    rb"|(?:[\w!#$%&'*+/=?^`{|}~\x80-\xff-]|\\[ -~])+"
+    rb"|\.+"
 )
+_DOT_STRING = re.compile(rb"[\w!#$%&'*+./=?^`{|}~\x80-\xff-]+")
+# Without a domain, Postfix takes `a%b` and `b!a` for a@b.
+_LOCAL_USER = re.compile(rb"[\w#$&'*+./=?^`{|}~\x80-\xff-]+")
+_DOMAIN_LABEL = re.compile(rb"[\w\x80-\xff-]+")
+_ADDRESS_LITERAL = re.compile(rb"\[[\w.:-]+\]")
+_PARAMETER = re.compile(rb"[A-Za-z0-9][\w-]*(?:=.*)?")
+_QUOTING = re.compile(rb'\\(.)|"')
+_TO_BE_QUOTED = re.compile(rb'["\\]')
+
+# Servers take `<<a@b>>` and `<Name <a@b>>`, but no more brackets than these.
+_BRACKETS_LIMIT = 2
 
 
-def parse_path(argument: bytes) -> bytes:
-    """The mailbox in the argument of MAIL or RCPT, without its angle brackets.
+class Path(NamedTuple):
+    """The path of MAIL or RCPT.
 
-    A quoted local part is kept whole, a source route too.  The null
-    reverse-path is ``b"<>"``.  A path that follows no grammar, though a server
-    took it, is all that stands behind the colon.
+    `address` is what goes between the angle brackets, for the null reverse-path
+    ``<>``; `parameters` is the text after the path.  A plain path was spelled so by
+    the client, so that its line may go to the server as it came.
     """
-    text = _PREFIX.sub(b"", argument, count=1).strip(_BLANKS)
-    match = _PATH.match(text) or _BARE_PATH.match(text)
-    return (match[1] if match else text) or b"<>"
+
+    address: bytes
+    parameters: bytes
+    is_plain: bool
+
+    def spell(self, command: Command, start: bytes) -> Command:
+        """Give the command for the server; `start` is ``MAIL FROM:`` or ``RCPT TO:``.
+
+        Raises `Refusal` (500) for a line that has become too long.
+        """
+        if self.is_plain:
+            return command
+        path = self.address if self.address == b"<>" else b"<%s>" % self.address
+        line = b" ".join((start + path, *self.parameters.split()))
+        if len(line) + 2 > COMMAND_LIMIT:
+            raise Refusal(LINE_TOO_LONG)
+        return command._replace(line=line)
 
 
-def split_parameters(argument: bytes) -> tuple[bytes, list[bytes]]:
-    """The argument of MAIL up to the end of its path, and the parameters behind it."""
-    prefix = _PREFIX.match(argument)
-    assert prefix is not None  # the pattern matches anything
-    start = prefix.end()
-    path = _PATH.match(argument, start) or _BARE_PATH.match(argument, start)
-    end = path.end() if path else len(argument)
-    return argument[:end].rstrip(_BLANKS), argument[end:].split()
+def read_path(argument: bytes, prefix: bytes) -> Path:
+    """Read the argument of MAIL (`prefix` is ``FROM``) or RCPT (``TO``).
+
+    A path that does not follow RFC 5321 is read as Postfix and Exim read it.  Raises
+    `Refusal` (501) for what neither of them, or only one of them, makes sense of.
+    """
+    match = _PATH_PREFIX.match(argument)
+    if match is None or match[1].upper() != prefix:
+        raise Refusal(BAD_ADDRESS)
+    reader = _PathReader(argument, match.end())
+    brackets = reader.open_brackets()
+    address = reader.address(is_bracketed=brackets > 0)
+    for _ in range(brackets):
+        reader.skip()
+        reader.expect(b">")
+    reader.skip()
+    end = reader.position
+    parameters = argument[end:].rstrip(_BLANKS)
+    is_separate = end == len(argument) or argument[end - 1] in _BLANKS
+    if not is_separate or not all(map(_PARAMETER.fullmatch, parameters.split())):
+        raise Refusal(BAD_ADDRESS)
+    is_plain = (
+        argument[match.end() : end].rstrip(_BLANKS) == b"<" + address + b">"
+        and _PLAIN_PREFIX.fullmatch(match[0]) is not None
+    )
+    return Path(address or b"<>", parameters, is_plain)
+
+
+class _PathReader:
+    """Reads the pieces of a path, each of which raises `Refusal` (501) if it is bad."""
+
+    def __init__(self, text: bytes, position: int) -> None:
+        self.text = text
+        self.position = position
+
+    def take(self, pattern: re.Pattern[bytes]) -> bytes:
+        """Take what matches here, if anything does."""
+        match = pattern.match(self.text, self.position)
+        if match is None:
+            return b""
+        self.position = match.end()
+        return match[0]
+
+    def accept(self, octet: bytes) -> bool:
+        """Take this octet, if it is the next one."""
+        is_next = self.text.startswith(octet, self.position)
+        self.position += is_next
+        return is_next
+
+    def expect(self, octet: bytes) -> None:
+        if not self.accept(octet):
+            raise Refusal(BAD_ADDRESS)
+
+    def skip(self) -> None:
+        """Skip blanks and comments, which nest (RFC 5322 section 3.2.2)."""
+        depth = 0
+        while found := self.take(_IN_COMMENT if depth else _BLANKS_OR_COMMENT):
+            depth += {b"(": 1, b")": -1}.get(found, 0)
+        if depth:
+            raise Refusal(BAD_ADDRESS)
+
+    def open_brackets(self) -> int:
+        """Skip display names and the brackets after them; returns their number."""
+        for count in range(_BRACKETS_LIMIT):
+            start = self.position
+            words = self.words()
+            # No name, but an address without a domain, and a parameter: AUTH=<>.
+            is_parameter = len(words) > 1 and self.text[self.position - 1] in b"="
+            if is_parameter or not self.accept(b"<"):
+                self.position = start
+                return count
+        return _BRACKETS_LIMIT
+
+    def words(self) -> list[bytes]:
+        """Take atoms, quoted strings and dots; skip blanks and comments."""
+        words = []
+        self.skip()
+        while word := self.take(_WORD):
+            words.append(word)
+            self.skip()
+        return words
+
+    def address(self, *, is_bracketed: bool) -> bytes:
+        """Take a mailbox with or without a domain; nothing is the null reverse-path."""
+        start = self.position
+        words = self.words()
+        if not words and self.accept(b"@"):
+            self.source_route()
+            words = self.words()
+        if self.accept(b"@"):
+            return local_part(words) + b"@" + self.domain(is_bracketed=is_bracketed)
+        self.position = start
+        self.skip()
+        user = self.take(_LOCAL_USER)
+        if not user and not is_bracketed:
+            raise Refusal(BAD_ADDRESS)
+        return user
+
+    def source_route(self) -> None:
+        """Take the domains up to a colon, of which the first `@` has been taken."""
+        self.domain(is_bracketed=True)
+        while self.accept(b","):
+            self.skip()
+            self.expect(b"@")
+            self.domain(is_bracketed=True)
+        self.expect(b":")
+
+    def domain(self, *, is_bracketed: bool) -> bytes:
+        """Take a domain or an address literal; without brackets, a blank ends it."""
+        self.skip()
+        if literal := self.take(_ADDRESS_LITERAL):
+            return literal
+        labels = []
+        while label := self.take(_DOMAIN_LABEL):
+            labels.append(label)
+            if is_bracketed:
+                self.skip()
+            if not self.accept(b"."):
+                break
+            if is_bracketed:
+                self.skip()
+        if not labels:
+            raise Refusal(BAD_ADDRESS)
+        return b".".join(labels)  # without a dot at the end, as Postfix
+
+
+def local_part(words: Sequence[bytes]) -> bytes:
+    """Join the words of a local part, quoted as a whole if it needs quotes.
+
+    Raises `Refusal` (501) if there is no word, or no dot between two of them.
+    """
+    pairs = zip(words, words[1:])
+    if not words or any(b"." not in (a[:1], b[:1]) for a, b in pairs):
+        raise Refusal(BAD_ADDRESS)
+    joined = b"".join(words)
+    if len(words) == 1 and joined.startswith(b'"'):
+        return joined
+    text = _QUOTING.sub(rb"\1", joined)
+    if _DOT_STRING.fullmatch(text):
+        return text
+    return b'"%s"' % _TO_BE_QUOTED.sub(rb"\\\g<0>", text)
 
 
 _SIZE_PARAMETER = re.compile(rb"SIZE=([0-9]{1,20})", re.IGNORECASE)
 
 
-def take_size(argument: bytes) -> tuple[bytes, int]:
-    """The argument of MAIL without its SIZE, and that in octets (RFC 1870); 0: none.
+def take_size(parameters: bytes) -> tuple[bytes, int]:
+    """The parameters of MAIL without SIZE, and that in octets (RFC 1870); 0: none.
 
     What does not follow RFC 1870 stays, for the server to judge.
     """
-    path, parameters = split_parameters(argument)
-    sizes = [match for match in map(_SIZE_PARAMETER.fullmatch, parameters) if match]
-    others = [word for word in parameters if not _SIZE_PARAMETER.fullmatch(word)]
-    return b" ".join((path, *others)), max((int(size[1]) for size in sizes), default=0)
+    words = parameters.split()
+    sizes = [match for match in map(_SIZE_PARAMETER.fullmatch, words) if match]
+    if not sizes:
+        return parameters, 0
+    others = [word for word in words if not _SIZE_PARAMETER.fullmatch(word)]
+    return b" ".join(others), max(int(size[1]) for size in sizes)
 
 
 # RFC 3461 section 4: xtext = *( xchar / "+" 2HEXDIG ).
@@ -3834,33 +3999,34 @@ class Session:
         # Not every server insists on EHLO, and it must know whose mail it is.
         self._introduce(XCLIENT_UNLISTED, None)
         self._check_client()
-        reply = self._relay(self._within_size(command))
+        path = self._within_size(read_path(command.argument, b"FROM"))
+        reply = self._relay(path.spell(command, b"MAIL FROM:"))
         if reply.is_success:
-            self._envelope.begin(parse_path(command.argument))
+            self._envelope.begin(path.address)
         return reply
 
-    def _within_size(self, command: Command) -> Command:
-        """MAIL as the server may have it, where we limit the size of messages."""
+    def _within_size(self, path: Path) -> Path:
+        """The path of MAIL without SIZE, where that was our offer alone."""
         if not self.config.max_message_size:
-            return command
-        rest, size = take_size(command.argument)
+            return path
+        others, size = take_size(path.parameters)
         if size > self.config.max_message_size:
             raise Refusal(TOO_LARGE, is_error=False)
-        if self._server_has_size:
-            return command
+        if self._server_has_size or others == path.parameters:
+            return path
         # It was our offer, which the server knows nothing of.
-        return command._replace(line=b"MAIL " + rest)
+        return path._replace(parameters=others, is_plain=False)
 
     def _rcpt(self, command: Command) -> Reply:
         if self._rejects:
             raise Refusal(self.config.filter_reject, is_error=False)
-        recipient = parse_path(command.argument)
-        if self._filters and not self._envelope.has_room_for(recipient):
+        path = read_path(command.argument, b"TO")
+        if self._filters and not self._envelope.has_room_for(path.address):
             # The client sends the rest in another transaction (RFC 5321 4.5.3.1.10).
             raise Refusal(TOO_MANY_RECIPIENTS, is_error=False)
-        reply = self._relay(command)
+        reply = self._relay(path.spell(command, b"RCPT TO:"))
         if reply.is_success:
-            self._envelope.add_recipient(recipient)
+            self._envelope.add_recipient(path.address)
         return reply
 
     def _rset(self, command: Command) -> Reply:

@@ -451,9 +451,20 @@ def check_command(octets: bytes) -> None:
 
 
 def check_path(octets: bytes) -> None:
-    """A path is part of the argument, or the null path."""
-    path = program.parse_path(octets)
-    assert path == b"<>" or (path and path in octets)
+    """A path is refused, or the server gets a line that has its one meaning."""
+    command = Command(octets, b"MAIL", b"FROM:" + octets)
+    path = outcome(lambda: program.read_path(command.argument, b"FROM"), Refusal)
+    if isinstance(path, Refusal):
+        assert path.reply == program.BAD_ADDRESS
+        return
+    told = path._replace(is_plain=False)
+    line = outcome(lambda: told.spell(command, b"MAIL FROM:").line, Refusal)
+    if isinstance(line, Refusal):
+        assert line.reply == program.LINE_TOO_LONG
+        return
+    again = program.read_path(line[len(b"MAIL ") :], b"FROM")
+    assert (again.address, again.is_plain) == (path.address, True)
+    assert again.parameters.split() == path.parameters.split()
 
 
 def check_xtext(octets: bytes) -> None:
