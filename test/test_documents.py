@@ -303,6 +303,8 @@ UNWANTED = "/usr/local/etc/unwanted"
         ("-v@example.com", (0, MESSAGE, b"")),
         ("$(touch x)`touch x`@example.com", (0, MESSAGE, b"")),
         ("Ads@Example.com", (1, b"", b"250 2.0.0 Ok\n")),
+        ('"ads"@example.com', (1, b"", b"250 2.0.0 Ok\n")),
+        (r'"a\ds"@example.com', (1, b"", b"250 2.0.0 Ok\n")),
         ("more-ads@example.com", (0, MESSAGE, b"")),
     ],
 )
