@@ -55,6 +55,10 @@ def requires(name: str, path: str) -> pytest.MarkDecorator:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Where start-stop-daemon is, or ip; an ordinary user's PATH may lack both.
+    os.environ["PATH"] = os.pathsep.join(
+        [os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"]
+    )
     config.addinivalue_line(
         "markers", "requires_program(name, path): needs another package's program"
     )

@@ -572,7 +572,7 @@ def test_endless_reply_in_bounded_memory(
     client = daemon.connect()
     client.reply()
     before = daemon.peak_memory()
-    assert client.command(b"NOOP")[:3] in (b"421", b"451")
+    assert client.command(b"NOOP") == b"421 Server gave an unusable reply\r\n"
     assert client.eof()
     assert daemon.peak_memory() - before < 8_000_000
 
@@ -641,7 +641,7 @@ def test_server_gone_in_streamed_data(
     client.expect(b"DATA", b"354")
     for _ in range(40):
         client.send(b"0123456789abcdef" * 8192 + b"\r\n")
-    assert client.command(b".")[:3] in (b"421", b"451")
+    assert client.command(b".") == b"421 Connection to server lost\r\n"
     assert client.eof()
 
 

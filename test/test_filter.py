@@ -14,6 +14,7 @@ import re
 import resource
 import shutil
 import signal
+import statistics
 import sys
 import threading
 import time
@@ -1007,15 +1008,27 @@ def test_server_gone_while_the_filter_runs(
     server.connections[0].hang_up()
     writer.write("go\n")
     writer.close()
-    assert client.reply()[:3] in (b"421", b"451")
+    assert client.reply() == b"421 Connection to server lost\r\n"
     assert server.messages == []
 
 
+UNUSABLE = b"421 Server gave an unusable reply\r\n"
+
+
 @pytest.mark.parametrize(
-    "stray", [b"421 4.4.2 Timed out\r\n", b"250 2.0.0 Ok\r\n", b"354 Go on\r\n"]
+    ("stray", "reply"),
+    [
+        (b"421 4.4.2 Timed out\r\n", b"421 4.4.2 Timed out\r\n"),
+        (b"250 2.0.0 Ok\r\n", UNUSABLE),
+        (b"354 Go on\r\n", UNUSABLE),
+    ],
 )
 def test_stray_reply_while_the_filter_runs(
-    stray: bytes, proxsmtpd: StartDaemon, server: ScriptedServer, tmp_path: Path
+    stray: bytes,
+    reply: bytes,
+    proxsmtpd: StartDaemon,
+    server: ScriptedServer,
+    tmp_path: Path,
 ) -> None:
     """It is neither the reply to DATA nor the one to the end of the data."""
     go = tmp_path / "go"
@@ -1025,7 +1038,7 @@ def test_stray_reply_while_the_filter_runs(
     with go.open("w") as writer:
         server.connections[0].send(stray)
         writer.write("go\n")
-    assert re.fullmatch(rb"4\d\d .+\r\n", client.reply())
+    assert client.reply() == reply
     assert server.messages == []
 
 
@@ -1059,7 +1072,11 @@ def test_concurrent_messages(proxsmtpd: StartDaemon, server: ScriptedServer) -> 
 
 
 def test_a_message_takes_milliseconds(proxsmtpd: StartDaemon) -> None:
-    """No 40 ms stall by Nagle's algorithm and delayed acknowledgements."""
+    """No 40 ms stall by Nagle's algorithm and delayed acknowledgements.
+
+    A stall adds 40 ms to each message, so half of them tell, whatever the machine
+    takes for the rest of them.
+    """
     daemon = proxsmtpd({"FilterCommand": "cat"}, level=0)
     client = daemon.connect()
     client.start()
@@ -1070,7 +1087,7 @@ def test_a_message_takes_milliseconds(proxsmtpd: StartDaemon) -> None:
         client.envelope()
         assert client.message(MESSAGE) == QUEUED
         times.append(time.monotonic() - begin)
-    assert min(times) < 0.03
+    assert statistics.median(times) < 0.03
 
 
 # --- The daemon's end ---
@@ -1228,7 +1245,7 @@ def test_filter_is_ended_with_the_daemon(
         assert poll(lambda: not accepts(daemon))
         daemon.process.send_signal(signal.SIGTERM)
     else:
-        assert client.reply()[:3] in (b"421", b"451")
+        assert client.reply() == LOCAL_ERROR
         client.close()
     assert daemon.wait() == 0
     took = time.monotonic() - begin
