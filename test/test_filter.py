@@ -1012,15 +1012,15 @@ def test_server_gone_while_the_filter_runs(
     assert server.messages == []
 
 
-UNUSABLE = b"421 Server gave an unusable reply\r\n"
+CONFUSED = b"421 Server gave an unusable reply\r\n"
 
 
 @pytest.mark.parametrize(
     ("stray", "reply"),
     [
         (b"421 4.4.2 Timed out\r\n", b"421 4.4.2 Timed out\r\n"),
-        (b"250 2.0.0 Ok\r\n", UNUSABLE),
-        (b"354 Go on\r\n", UNUSABLE),
+        (b"250 2.0.0 Ok\r\n", CONFUSED),
+        (b"354 Go on\r\n", CONFUSED),
     ],
 )
 def test_stray_reply_while_the_filter_runs(
