@@ -32,6 +32,18 @@ PROGRAM_PATH = $(DESTDIR)$(SBINDIR)/proxsmtpd
 CONFIG_PATH = $(DESTDIR)$(SYSCONFDIR)/proxsmtpd.conf
 MAN8_PATH = $(DESTDIR)$(MANDIR)/man8/proxsmtpd.8
 MAN5_PATH = $(DESTDIR)$(MANDIR)/man5/proxsmtpd.conf.5
+# No blank can be in a program's first line, and no more than 255 octets of it count.
+CHECK_PYTHON = '$(PYTHON)' -c 'import os, sys; python = sys.executable; \
+	sys.version_info < (3, 9) and \
+	sys.exit(python + " is older than Python 3.9: set PYTHON"); \
+	len(python.split()) != 1 and \
+	sys.exit("a \#! line cannot name %r, which has a blank: set PYTHON" % python); \
+	len(os.fsencode(python)) > 247 and \
+	sys.exit("a \#! line cannot name so long a path: %s: set PYTHON" % python)'
+# By execv: a shell would take for its own script what the system cannot run.
+RUN_NEW = '$(PYTHON)' -c 'import os, sys; sys.tracebacklimit = 0; \
+	os.execv(sys.argv[1], sys.argv[1:])' "$$2.new" -v </dev/null | \
+	grep -F '(config: $(SYSCONFDIR)/proxsmtpd.conf)' >/dev/null
 SET_PATHS = -e 's|/usr/local/etc|$(SYSCONFDIR)|g' -e 's|/usr/local/sbin|$(SBINDIR)|g'
 
 all:
@@ -75,23 +87,33 @@ $(VENV)/bin/ruff: $(VENV)/bin/python
 
 # The program's first line names the interpreter itself: with env(1) the process
 # would be called python3, and pgrep -x and killproc would miss it. -IS keeps the
-# environment's PYTHON variables and site-packages out of a mail daemon.  man(1)
+# environment's PYTHON variables and site-packages out of a mail daemon.  Each file is
+# written beside its place, and the program run, before it is moved there.  man(1)
 # prefers compressed pages, which the original's would be.
 install:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 9) and \
-	sys.executable + " is older than Python 3.9: set PYTHON")'
-	install -d -m 755 '$(DESTDIR)$(SBINDIR)' '$(DESTDIR)$(SYSCONFDIR)' \
-	'$(DESTDIR)$(MANDIR)/man8' '$(DESTDIR)$(MANDIR)/man5'
-	rm -f '$(PROGRAM_PATH)'
-	python=$$($(PYTHON) -c 'import sys; print(sys.executable)') && \
-	sed -e "1s|.*|#!$$python -IS|" $(SET_PATHS) proxsmtpd.py >'$(PROGRAM_PATH)'
-	chmod 755 '$(PROGRAM_PATH)'
-	rm -f '$(MAN8_PATH).gz' '$(MAN5_PATH).gz'
-	sed $(SET_PATHS) proxsmtpd.8 >'$(MAN8_PATH)'
-	sed $(SET_PATHS) proxsmtpd.conf.5 >'$(MAN5_PATH)'
-	sed $(SET_PATHS) proxsmtpd.conf.sample >'$(CONFIG_PATH).sample'
-	chmod 644 '$(MAN8_PATH)' '$(MAN5_PATH)' '$(CONFIG_PATH).sample'
-	test -e '$(CONFIG_PATH)' || cp -p '$(CONFIG_PATH).sample' '$(CONFIG_PATH)'
+	@$(CHECK_PYTHON)
+	@set -e; \
+	put() { \
+	    sed -e "$$3" $(SET_PATHS) "$$1" >"$$2.new" && chmod "$$4" "$$2.new" && \
+	    if test -x "$$2.new"; then $(RUN_NEW) || \
+	        { echo "$$2.new -v: fails, or has another configuration" >&2; false; }; \
+	    fi && mv -f "$$2.new" "$$2" || \
+	    { rm -f "$$2.new"; echo "not installed: $$2" >&2; exit 1; }; \
+	    echo "installed $$2"; \
+	}; \
+	for directory in '$(DESTDIR)$(SBINDIR)' '$(DESTDIR)$(SYSCONFDIR)' \
+	    '$(DESTDIR)$(MANDIR)/man8' '$(DESTDIR)$(MANDIR)/man5'; do \
+	    test -d "$$directory" || install -d -m 755 "$$directory"; \
+	done; \
+	python=$$('$(PYTHON)' -c 'import re, sys; \
+	print(re.sub(r"([|&\\])", r"\\\1", sys.executable))'); \
+	put proxsmtpd.py '$(PROGRAM_PATH)' "1s|.*|#!$$python -IS|" 755; \
+	put proxsmtpd.8 '$(MAN8_PATH)' '' 644; \
+	put proxsmtpd.conf.5 '$(MAN5_PATH)' '' 644; \
+	rm -f '$(MAN8_PATH).gz' '$(MAN5_PATH).gz'; \
+	put proxsmtpd.conf.sample '$(CONFIG_PATH).sample' '' 644; \
+	test -e '$(CONFIG_PATH)' || test -h '$(CONFIG_PATH)' || \
+	    put proxsmtpd.conf.sample '$(CONFIG_PATH)' '' 644
 
 # The configuration stays: it is the administrator's.
 uninstall:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Callable
 
@@ -50,8 +52,12 @@ def make(
     umask: int = 0o022,
     python: str = sys.executable,
     where: Sequence[str] = WHERE_DEBIAN_HAS_IT,
+    path: Path | None = None,
 ) -> None:
-    """Run make for a target."""
+    """Run make for a target; `path` has programs to be found before the system's."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
+    if path is not None:
+        environment["PATH"] = f"{path}:{environment['PATH']}"
     subprocess.run(
         [
             "make",
@@ -61,11 +67,20 @@ def make(
             f"PYTHON={python}",
         ],
         cwd=ROOT,
-        env={k: v for k, v in os.environ.items() if not k.startswith("MAKE")},
+        env=environment,
         umask=umask,
         check=True,
         capture_output=True,
     )
+
+
+def fails(
+    place: Path, *, path: Path | None = None, python: str = sys.executable
+) -> str:
+    """Run `make install`, which must fail, and return its errors."""
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        make("install", place, python=python, path=path)
+    return str(failed.value.stderr.decode())
 
 
 def modes(place: Path, wanted: Callable[[Path], bool]) -> dict[str, int]:
@@ -88,6 +103,100 @@ def place(tmp_path: Path) -> Path:
     root = tmp_path / "root"
     make("install", root)
     return root
+
+
+def interpreter(path: Path) -> str:
+    """Make a link to this Python and return its path."""
+    path.parent.mkdir(parents=True)
+    path.symlink_to(sys.executable)
+    return str(path)
+
+
+def test_directories_that_are_there_keep_their_modes(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    kept = {"etc": 0o700, "usr": 0o711, "usr/sbin": 0o2775, "usr/share/man": 0o750}
+    for name, mode in kept.items():
+        (root / name).mkdir(parents=True)
+        (root / name).chmod(mode)
+    make("install", root)
+    found = modes(root, Path.is_dir)
+    assert {name: found.pop(name) for name in kept} == kept
+    assert set(found.values()) == {0o755}
+
+
+# Programs of the system that fail: at once, after half of their work, or only for one
+# of the files that are installed.
+HALF = """case "$*" in
+*{}) head -c 20; exit 1 ;;
+*) exec "$SYSTEM_SED" "$@" ;;
+esac"""
+BROKEN = {
+    "sed fails": ("sed", "exit 1"),
+    "sed writes half": ("sed", HALF.format("proxsmtpd.py")),
+    "sed is no sed": ("sed", "echo 'exit 0'"),
+    "chmod fails": ("chmod", "exit 1"),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN.values(), ids=BROKEN)
+def test_fault_leaves_the_old_program(
+    fault: tuple[str, str], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither an empty nor half a program, and nothing beside it."""
+    monkeypatch.setenv("SYSTEM_SED", shutil.which("sed") or "")
+    name, script = fault
+    broken = tmp_path / "broken" / name
+    broken.parent.mkdir()
+    broken.write_text(f"#!/bin/sh\n{script}\n")
+    broken.chmod(0o755)
+    before = {path: (place / path).read_bytes() for path in files(place)}
+    assert f"not installed: {place / PROGRAM}\n" in fails(place, path=broken.parent)
+    assert {path: (place / path).read_bytes() for path in files(place)} == before
+
+
+def test_fault_of_a_later_file_leaves_the_old_one(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SYSTEM_SED", shutil.which("sed") or "")
+    broken = tmp_path / "broken" / "sed"
+    broken.parent.mkdir()
+    broken.write_text(f"#!/bin/sh\n{HALF.format('proxsmtpd.8')}\n")
+    broken.chmod(0o755)
+    before = (place / MAN8).read_bytes()
+    assert f"not installed: {place / MAN8}\n" in fails(place, path=broken.parent)
+    assert (place / MAN8).read_bytes() == before
+    assert set(files(place)) == {PROGRAM, MAN8, MAN5, SAMPLE, CONFIG}
+
+
+@pytest.mark.parametrize("directory", ["a blank", "a\ttab", "x" * 250])
+def test_interpreter_that_no_first_line_can_name(
+    directory: str, tmp_path: Path
+) -> None:
+    python = interpreter(tmp_path / directory / "python3")
+    errors = fails(tmp_path / "root", python=python)
+    assert "a #! line cannot name" in errors
+    assert "set PYTHON" in errors
+    assert not (tmp_path / "root").exists()
+
+
+@pytest.mark.parametrize("name", ["a&b", "a|b", "a\\b"])
+def test_interpreter_that_sed_would_misread(name: str, tmp_path: Path) -> None:
+    python = interpreter(tmp_path / name / "python3")
+    make("install", tmp_path / "root", python=python)
+    program = tmp_path / "root" / PROGRAM
+    assert program.read_text().splitlines()[0] == f"#!{python} -IS"
+    subprocess.run([program, "-v"], capture_output=True, check=True)
+
+
+def test_interpreter_that_cannot_run_the_program(tmp_path: Path) -> None:
+    """Long paths are up to the system; what is installed runs in any case."""
+    python = interpreter(tmp_path / ("y" * (200 - len(str(tmp_path)))) / "p")
+    root = tmp_path / "root"
+    with suppress(subprocess.CalledProcessError):
+        make("install", root, python=python)
+    assert set(files(root)) in (set(), {PROGRAM, MAN8, MAN5, SAMPLE, CONFIG})
+    if files(root):
+        subprocess.run([root / PROGRAM, "-v"], capture_output=True, check=True)
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])
