@@ -352,6 +352,10 @@ _NUMERIC_HOST = re.compile(r"[0-9.]+")
 _ANY_HOSTS = ("", "0.0.0.0", "::")
 
 
+# Octets of sun_path, without the NUL at its end.
+MOST_SOCKET_PATH = 107 if IS_LINUX else 103
+
+
 class Address(NamedTuple):
     """Where to listen or connect: a unix socket's path, or a host and a port."""
 
@@ -418,6 +422,9 @@ def is_host(host: str) -> bool:
     if _NUMERIC_HOST.fullmatch(host):
         return False
     return len(host) < 256 and _HOST_NAME.fullmatch(host) is not None
+
+
+OWN_LISTENER = "OutAddress leads to this proxy's own Listen address"
 
 
 class Peer(NamedTuple):
@@ -1983,6 +1990,14 @@ def parse_config(octets: bytes, path: str) -> tuple[Config, list[ConfigError]]:
     if config.is_transparent and not IS_LINUX:
         text = "invalid value for TransparentProxy (only Linux has it)"
         errors.append(ConfigError(text, path))
+    for name, address in (
+        ("Listen", config.listen),
+        ("OutAddress", config.out_address),
+    ):
+        length = len(to_octets(address.path)) if address else 0
+        if length > MOST_SOCKET_PATH:
+            text = f"the socket path of {name} has {length} octets"
+            errors.append(ConfigError(f"{text} (at most {MOST_SOCKET_PATH})", path))
     if config.proxy_protocol and config.is_transparent:
         text = "ProxyProtocol cannot be used with TransparentProxy"
         errors.append(ConfigError(text, path))
@@ -2474,6 +2489,52 @@ def resolve(address: Address, host: str) -> list[tuple[int, Any]]:
     # As octets: of text, Python would make the name's IDNA form first.
     found = socket.getaddrinfo(to_octets(host), address.port, type=socket.SOCK_STREAM)
     return [(family, sockaddr) for family, _, _, _, sockaddr in found]
+
+
+def listen_target(listen: Address) -> tuple[int, Any]:
+    """Return the family and socket address to listen on; OSError as `resolve`."""
+    targets = resolve(listen, listen.host or "0.0.0.0")
+    # A name's IPv4 address first: the original knew of no other.
+    return min(targets, key=lambda target: target[0] != socket.AF_INET)
+
+
+def leads_to_listener(targets: Sequence[tuple[int, Any]], listen: Address) -> bool:
+    """Return whether one of the targets is where we listen ourselves.
+
+    Raises OSError if Listen is a name that cannot be resolved.
+    """
+    if listen.path:
+        paths = [path for family, path in targets if family == socket.AF_UNIX]
+        listener = os.path.realpath(to_octets(listen.path))
+        return any(os.path.realpath(path) == listener for path in paths)
+    for family, sockaddr in targets:
+        if family != socket.AF_UNIX and sockaddr[1] == listen.port:
+            _, listener = listen_target(listen)
+            host = Peer.of(sockaddr).host
+            if host == Peer.of(listener).host:
+                return True
+            is_heard = listener[0] == "::" or (
+                listener[0] == "0.0.0.0" and ":" not in host
+            )
+            if is_heard and is_own_target(family, sockaddr):
+                return True
+    return False
+
+
+def is_own_target(family: int, sockaddr: Any) -> bool:
+    """Return whether a socket address has an IP address of this machine's.
+
+    The system sends to those from the same address, or from 127.0.0.1.  To bind to
+    it would show nothing where net.ipv4.ip_nonlocal_bind is set.
+    """
+    if Peer.of(sockaddr).host.startswith("127."):
+        return True
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(sockaddr)
+            return bool(probe.getsockname()[0] == probe.getpeername()[0])
+    except OSError:
+        return False  # there is no route
 
 
 def connect(
@@ -3741,6 +3802,11 @@ class Session:
         source = self.client_peer.host if is_full else ""
         try:
             targets = resolve(address, address.host)
+            # What has been redirected to us is for its own check.
+            if not self.config.is_transparent and leads_to_listener(
+                targets, self.config.listen
+            ):
+                raise ServerLost(f"loop detected: {OWN_LISTENER}", NO_SERVER)
             sock, sockaddr = connect(targets, self.config.timeout, source)
             self.server = ServerChannel(
                 sock, self.config.timeout, self.log, self.client
@@ -4477,11 +4543,7 @@ class Server(socketserver.ThreadingTCPServer):
         self._is_exhausted = False  # and the log has said so
         listen = self._config.listen
         try:
-            targets = resolve(listen, listen.host or "0.0.0.0")
-            # A name's IPv4 address first: the original knew of no other.
-            self.address_family, sockaddr = min(
-                targets, key=lambda target: target[0] != socket.AF_INET
-            )
+            self.address_family, sockaddr = listen_target(listen)
             super().__init__(sockaddr, socketserver.BaseRequestHandler)
             # What poll has seen may have gone again when it is accepted.
             self.socket.setblocking(False)
@@ -5127,9 +5189,7 @@ def warnings_of(config: Config) -> list[str]:
         for symbol in unknown_symbols(config.header)
     ]
     found += _directory_warnings(config.temp_directory, config.user)
-    program = program_of(config.filter_command)
-    if program and not shutil.which(program):
-        found.append(f"FilterCommand's program not found: {shown(program)}")
+    found += _program_warnings(program_of(config.filter_command), config.user)
     if config.is_transparent and config.out_address is not None:
         found.append(
             "the OutAddress option will be ignored when TransparentProxy is enabled"
@@ -5152,8 +5212,13 @@ def _directory_warnings(directory: bytes, user: str) -> list[str]:
 
 def is_writable(directory: bytes, user: Optional[pwd.struct_passwd]) -> bool:
     """Whether we may make files in a directory, as this user if we are root."""
+    return holds_for(user, lambda: os.access(directory, os.W_OK | os.X_OK))
+
+
+def holds_for(user: Optional[pwd.struct_passwd], is_so: Callable[[], bool]) -> bool:
+    """Return what `is_so` returns, called as this user if we are root."""
     if user is None or os.geteuid() != 0:
-        return os.access(directory, os.W_OK | os.X_OK)
+        return is_so()
     pid = os.fork()
     if pid:
         return wait_for_exit(pid) == 0
@@ -5162,9 +5227,40 @@ def is_writable(directory: bytes, user: Optional[pwd.struct_passwd]) -> bool:
         os.initgroups(user.pw_name, user.pw_gid)
         os.setgid(user.pw_gid)
         os.setuid(user.pw_uid)
-        status = 0 if os.access(directory, os.W_OK | os.X_OK) else 1
+        status = 0 if is_so() else 1
     finally:
         os._exit(status)
+
+
+def _program_warnings(program: str, user: str) -> list[str]:
+    """Return what keeps a program from being run by this user, who may be ""."""
+    places = places_of(to_octets(program))
+
+    def is_executable() -> bool:
+        return any(os.path.isfile(p) and os.access(p, os.X_OK) for p in places)
+
+    if not program or holds_for(find_user(user) if user else None, is_executable):
+        return []
+    is_there = any(map(may_exist if "/" in program else os.path.isfile, places))
+    what = "is not executable" if is_there else "not found"
+    return [f"FilterCommand's program {what}: {shown(program)}"]
+
+
+def places_of(program: bytes) -> list[bytes]:
+    """Return the paths where the shell looks for a program, by PATH if it has to."""
+    if b"/" in program:
+        return [program]
+    path = os.environb.get(b"PATH", os.fsencode(os.defpath))
+    return [os.path.join(directory, program) for directory in path.split(b":")]
+
+
+def may_exist(path: bytes) -> bool:
+    """Return whether something has this path, or we may not know."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        return error.errno == errno.EACCES
+    return True
 
 
 # What stands before the shell's own syntax, but for exec and assignments.
@@ -5332,9 +5428,25 @@ def load_config(path: str, log: Log) -> Optional[Config]:
         text = f"couldn't read config file: {shown(path)}: {reason(error)}"
         raise SystemRefused(text) from error
     config, errors = parse_config(octets, path)
+    if not errors and is_loop(config):
+        errors.append(ConfigError(OWN_LISTENER, path))
     for fault in errors:
         log.error(str(fault))
     return None if errors else config
+
+
+def is_loop(config: Config) -> bool:
+    """Return whether OutAddress is surely Listen, as names are resolved now."""
+    address = config.out_address
+    # A port alone is on the client's machine, which a session knows.
+    if address is None or address.is_any or config.is_transparent:
+        return False
+    if address.port != config.listen.port:
+        return False  # without asking for the name's address
+    try:
+        return leads_to_listener(resolve(address, address.host), config.listen)
+    except OSError:
+        return False
 
 
 def check(config: Config, log: Log) -> int:

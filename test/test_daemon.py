@@ -25,6 +25,7 @@ from typing import Any, Callable, NamedTuple
 
 import pytest
 
+import proxsmtpd as module
 from conftest import (
     PATIENCE,
     Daemon,
@@ -183,6 +184,115 @@ def test_check_of_a_filter_in_the_callers_directory(
     warning = "proxsmtpd: FilterCommand's program not found: ./filter\n"
     assert run("-t", "-f", path, cwd=tmp_path).stderr == warning
     assert run("-d1", "-t", "-f", path, cwd=tmp_path).stderr == ""
+
+
+NOT_EXECUTABLE = "FilterCommand's program is not executable: "
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o755])
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8", "en_US.ISO-8859-1"])
+@pytest.mark.parametrize("name", ["filter", "filtr\xe9", "\u0444"])
+def test_check_of_a_program_that_is_there(
+    name: str, locale: str, mode: int, config: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Found by its octets, by its path or in PATH; and it may be executable or not."""
+    program = os.fsencode(tmp_path) + b"/" + name.encode()
+    Path(os.fsdecode(program)).write_text("#!/bin/sh\n")
+    os.chmod(program, mode)
+    environment = {**os.environ, "LC_ALL": locale, "PYTHONUTF8": "0"}
+    environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
+    for command in (name, f"{tmp_path}/{name}"):
+        path = config(f"OutAddress: 25\nFilterCommand: {command}\n")
+        result = run("-t", "-f", path, env=environment)
+        assert result.returncode == 0
+        assert (NOT_EXECUTABLE in result.stderr) == (mode == 0o644)
+        assert "not found" not in result.stderr
+
+
+@as_root
+@pytest.mark.parametrize(
+    ("mode", "directory_mode", "is_warned"),
+    [(0o755, 0o755, False), (0o700, 0o755, True), (0o755, 0o700, True)],
+)
+def test_check_of_a_program_for_the_user(
+    mode: int, directory_mode: int, is_warned: bool, config: Callable[[str], Path]
+) -> None:
+    """What root may run is not asked for."""
+    with tempfile.TemporaryDirectory() as place:
+        program = Path(place) / "filter"
+        program.write_text("#!/bin/sh\n")
+        program.chmod(mode)
+        Path(place).chmod(directory_mode)
+        path = config(f"OutAddress: 25\nUser: nobody\nFilterCommand: {program}\n")
+        result = run("-t", "-f", path)
+        warning = f"proxsmtpd: {NOT_EXECUTABLE}{program}\n"
+        assert result.stderr == (warning if is_warned else "")
+
+
+OWN_LISTENER = "OutAddress leads to this proxy's own Listen address"
+LOOPS = {
+    "the same": ("127.0.0.1:10025", "127.0.0.1:10025"),
+    "the default port": ("127.0.0.1:25", "127.0.0.1"),
+    "any, loopback": ("10025", "127.0.0.1:10025"),
+    "any, another loopback": ("0.0.0.0:10025", "127.0.0.9:10025"),
+    "any of both, IPv4": ("[::]:10025", "127.0.0.1:10025"),
+    "any of both, IPv6": ("[::]:10025", "[::1]:10025"),
+    "IPv6 of another form": ("[::1]:10025", "[0:0:0::1]:10025"),
+    "IPv4 as IPv6": ("127.0.0.1:10025", "[::ffff:127.0.0.1]:10025"),
+    "a name": ("10025", "localhost:10025"),
+    "names": ("localhost:10025", "localhost:10025"),
+    "a unix socket": ("/run/x.sock", "/run/../run//x.sock"),
+}
+NO_LOOPS = {
+    "another port": ("10025", "127.0.0.1:1"),
+    "another loopback": ("127.0.0.1:10025", "127.0.0.2:10025"),
+    "another machine": ("10025", "192.0.2.1:10025"),
+    "a port alone": ("10025", "10025"),
+    "another unix socket": ("/run/x.sock", "/run/y.sock"),
+    "a unix socket and a port": ("/run/x.sock", "10025"),
+}
+
+
+@pytest.mark.parametrize("how", [["-t"], ["-d", "0"]], ids=["t", "d"])
+@pytest.mark.parametrize(("listen", "out"), LOOPS.values(), ids=LOOPS)
+def test_own_listener_is_no_server(
+    listen: str, out: str, how: list[str], config: Callable[[str], Path]
+) -> None:
+    result = run(*how, "-f", config(f"Listen: {listen}\nOutAddress: {out}\n"))
+    assert (result.returncode, result.stdout) == (2, "")
+    assert OWN_LISTENER in result.stderr
+
+
+@pytest.mark.parametrize(("listen", "out"), NO_LOOPS.values(), ids=NO_LOOPS)
+def test_other_server_is_one(listen: str, out: str) -> None:
+    text = f"Listen: {listen}\nOutAddress: {out}\n"
+    config, errors = module.parse_config(text.encode(), "conf")
+    assert errors == []
+    assert not module.is_loop(config)
+
+
+def test_loop_at_run_time(proxsmtpd: StartDaemon) -> None:
+    """A port alone, for a client of this machine: one connection and one line."""
+    with reserve_port() as holder:
+        port = port_of(holder)
+    daemon = proxsmtpd(f"Listen: 127.0.0.1:{port}\nOutAddress: {port}\n")
+    assert daemon.connect().reply() == b"421 Server not available\r\n"
+    daemon.wait_log(f"loop detected: {OWN_LISTENER}")
+    assert daemon.stop() == 0
+    assert daemon.log().count("accepted connection from") == 1
+    assert "too many connections" not in daemon.log()
+
+
+@pytest.mark.parametrize("name", ["Listen", "OutAddress"])
+def test_socket_path_that_is_too_long(name: str, config: Callable[[str], Path]) -> None:
+    most = module.MOST_SOCKET_PATH
+    text = f"the socket path of {name} has {most + 1} octets (at most {most})"
+    for path in ("/" + "x" * most, "/" + "\xe9" * (most // 2) + "x" * (most % 2)):
+        result = run("-t", "-f", config(f"OutAddress: 25\n{name}: {path}\n"))
+        assert result.returncode == 2
+        assert text in result.stderr
+    path = "/" + "x" * (most - 1)
+    assert run("-t", "-f", config(f"OutAddress: 25\n{name}: {path}\n")).returncode == 0
 
 
 @pytest.mark.parametrize("line", WARNED)
