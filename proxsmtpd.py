@@ -3079,8 +3079,17 @@ def best_spawn() -> Spawn:
     return spawn_locked
 
 
+def open_null() -> int:
+    """Open /dev/null for both directions; OSError, which names it, if that failed."""
+    try:
+        return os.open(os.devnull, os.O_RDWR)
+    except OSError as error:
+        text = f"couldn't open {os.devnull}: {reason(error)}"
+        raise OSError(error.errno, text) from error
+
+
 def _open_null(closing: contextlib.ExitStack) -> int:
-    descriptor = os.open(os.devnull, os.O_RDWR)
+    descriptor = open_null()
     closing.callback(os.close, descriptor)
     return descriptor
 
@@ -3110,7 +3119,8 @@ class FilterProcess:
         self._handlers: dict[int, Callable[[], bool]] = {}
         # Standard output's and error's descriptors, and who takes their octets.
         self._readers: dict[int, Callable[[bytes], None]] = {}
-        self._lock = threading.Lock()  # signals come from the main thread too
+        # Signals come from the main thread too, and from a handler that interrupts it.
+        self._lock = threading.RLock()
         self._pid = 0  # of the process, until it is reaped
         self._ended = False
         self._was_told = False  # to end, so that its exit says nothing
@@ -3373,7 +3383,7 @@ class RunningFilters:
     """The filter processes of all sessions, so that the daemon can end them."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a second signal interrupts `end_all`
         self._processes: dict[FilterProcess, None] = {}
         self._closed = False
 
@@ -3415,9 +3425,10 @@ class PollableEvent:
         return self._read_end
 
     def set(self) -> None:
-        """Set it, once."""
-        self.is_set = True
-        os.close(self._write_end)
+        """Set it, if it is not set yet."""
+        if not self.is_set:
+            self.is_set = True
+            os.close(self._write_end)
 
 
 class Statistics:
@@ -3426,6 +3437,7 @@ class Statistics:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._since = time.time()
+        self._begun = time.monotonic()  # nobody sets this clock
         self._octets = 0
         self._messages: dict[str, int] = {}
         self._filter_times: deque[float] = deque(maxlen=TIMES_KEPT)
@@ -3462,7 +3474,7 @@ class Statistics:
             octets = self._octets
             filter_times = sorted(self._filter_times)
             server_times = sorted(self._server_times)
-        seconds = time.time() - self._since
+        seconds = time.monotonic() - self._begun
         kinds = "".join(f", {count} {kind}" for kind, count in messages.items())
         return [
             f"since {rfc5322_date(self._since)}, {seconds:.0f} seconds",
@@ -4485,7 +4497,7 @@ class Slots:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a second signal interrupts `are_taken`
         self._taken: dict[weakref.ref[socket.socket], None] = {}
 
     def __len__(self) -> int:
@@ -4541,6 +4553,7 @@ class Server(socketserver.ThreadingTCPServer):
         self._spare: Optional[int] = None
         self._take_spare()
         self._is_exhausted = False  # and the log has said so
+        self._socket_file: Optional[os.stat_result] = None  # of a Unix socket
         listen = self._config.listen
         try:
             self.address_family, sockaddr = listen_target(listen)
@@ -4563,6 +4576,22 @@ class Server(socketserver.ThreadingTCPServer):
         if is_full and self.address_family != socket.AF_UNIX:
             self._be_transparent()
         super().server_bind()
+        if self.address_family == socket.AF_UNIX:
+            self._socket_file = os.lstat(to_octets(self._config.listen.path))
+
+    def server_close(self) -> None:
+        """Stop listening; a Unix socket's file is removed first, if it is still ours.
+
+        While we listen nobody else takes its place, and its inode stays in use.
+        """
+        if self._socket_file is not None:
+            path = to_octets(self._config.listen.path)
+            # Where the directory is root's, it stays and is replaced next time.
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.lstat(path), self._socket_file):
+                    os.unlink(path)
+            self._socket_file = None
+        super().server_close()
 
     def _be_transparent(self) -> None:
         try:
@@ -4623,7 +4652,7 @@ class Server(socketserver.ThreadingTCPServer):
     def _take_spare(self) -> None:
         if self._spare is None:
             with contextlib.suppress(OSError):
-                self._spare = os.open(os.devnull, os.O_RDONLY)
+                self._spare = open_null()
 
     def _refuse_with_spare(self) -> bool:
         """Refuse a connection by the spare descriptor; False if that failed."""
@@ -4703,15 +4732,18 @@ class Server(socketserver.ThreadingTCPServer):
         """Stop listening, and see the sessions and their filters end."""
         self._log.debug("waiting for threads to quit")
         self.server_close()
-        if self._config.listen.path:
-            # Where the directory is root's, it stays and is replaced next time.
-            with contextlib.suppress(OSError):
-                os.unlink(to_octets(self._config.listen.path))
         self._shared.ending.set()
         self._await_sessions(DATA_GRACE)
         self._shared.grace_over.set()
         self._shared.filters.end_all(signal.SIGTERM)
         self._await_sessions(FILTER_GRACE)
+        self.end_now()
+
+    def end_now(self) -> None:
+        """Kill the filters, and end whatever the sessions do."""
+        self.server_close()
+        self._shared.ending.set()
+        self._shared.grace_over.set()
         self._shared.filters.end_all(signal.SIGKILL)
         self._await_sessions(LAST_GRACE, signals=math.inf)
         for path in tuple(self._shared.named_files):
@@ -4960,15 +4992,23 @@ def tell_changes(name: str, before: bytes, after: bytes) -> None:
 # ---------------------------------------------------------------------------
 
 
+def stop_start() -> NoReturn:
+    """Interrupt a start that has not succeeded yet; all of it is undone."""
+    raise KeyboardInterrupt
+
+
 class Signals:
     """Counts the signals that end the daemon, notes the one that asks for a report,
     and wakes the main thread.
 
-    A signal's handler does no more; the interpreter writes to the descriptor.
+    What a first and a second one do at once, whatever the main thread waits for, are
+    `at_first` and `at_second`; the interpreter writes to the descriptor.
     """
 
     def __init__(self) -> None:
         self.count = 0
+        self.at_first: Callable[[], object] = stop_start
+        self.at_second: Callable[[], object] = lambda: None
         self._wants_report = False
         self._read_end, self._write_end = os.pipe()
         os.set_blocking(self._read_end, False)
@@ -4988,6 +5028,8 @@ class Signals:
 
     def _count(self, _number: int, _frame: object) -> None:
         self.count += 1
+        if self.count <= 2:
+            (self.at_first if self.count == 1 else self.at_second)()
 
     def _want_report(self, _number: int, _frame: object) -> None:
         self._wants_report = True
@@ -5022,8 +5064,9 @@ class PidFile:
         """Write the file; OSError if that cannot be."""
         self._path = os.path.abspath(to_octets(path))
         self._text = b"%d\n" % os.getpid()
-        if self._is_device():
-            self._descriptor = self._overwrite()
+        self._descriptor: Optional[int] = None  # of the file to remove at the end
+        if self._is_special():
+            self._write_through()
             return
         try:
             self._descriptor = self._replace()
@@ -5034,13 +5077,40 @@ class PidFile:
             except FileNotFoundError:
                 raise error from None
 
-    def _is_device(self) -> bool:
-        """Whether /dev/null or the like is there, which must stay."""
+    def _is_special(self) -> bool:
+        """Return whether the path leads to something that must stay: a device, a FIFO,
+        or what is our standard output or error.
+
+        What another user put there may be a trap, and is replaced.
+        """
         try:
-            mode = os.lstat(self._path).st_mode
+            entry, file = os.lstat(self._path), os.stat(self._path)
         except OSError:
             return False
-        return stat.S_ISCHR(mode) or stat.S_ISBLK(mode)
+        if entry.st_uid not in (0, os.geteuid()):
+            return False
+        if not stat.S_ISLNK(entry.st_mode):
+            return not stat.S_ISREG(entry.st_mode)
+        return not stat.S_ISREG(file.st_mode) or self._standard_descriptor() is not None
+
+    def _standard_descriptor(self) -> Optional[int]:
+        """Return the descriptor, 1 or 2, of what the path leads to."""
+        file = os.stat(self._path)
+        standard = (1, 2)
+        return next((n for n in standard if os.path.samestat(file, os.fstat(n))), None)
+
+    def _write_through(self) -> None:
+        # A file has an offset there, and a socket cannot be opened by its path.
+        standard = self._standard_descriptor()
+        if standard is not None:
+            write_all(standard, self._text)
+            return
+        # A FIFO without a reader must not hold up the start.
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        try:
+            write_all(descriptor, self._text)
+        finally:
+            os.close(descriptor)
 
     def _overwrite(self) -> int:
         flags = os.O_RDWR | os.O_TRUNC | os.O_NOFOLLOW
@@ -5069,17 +5139,17 @@ class PidFile:
     def remove(self) -> None:
         """Remove the file, if it is still ours; empty it where we may not."""
         with contextlib.suppress(OSError):
-            if self._is_ours():
+            if self._descriptor is not None and self._is_ours(self._descriptor):
                 try:
                     os.unlink(self._path)
                 except OSError:
                     # Privileges are dropped, but the descriptor is from before.
                     os.ftruncate(self._descriptor, 0)
 
-    def _is_ours(self) -> bool:
-        """Whether what is at the path is what we wrote there."""
-        is_same = os.path.samestat(os.lstat(self._path), os.fstat(self._descriptor))
-        return is_same and os.pread(self._descriptor, 32, 0) == self._text
+    def _is_ours(self, descriptor: int) -> bool:
+        """Return whether what is at the path is what we wrote there."""
+        is_same = os.path.samestat(os.lstat(self._path), os.fstat(descriptor))
+        return is_same and os.pread(descriptor, 32, 0) == self._text
 
 
 def drop_privileges(config: Config, log: Log) -> None:
@@ -5381,12 +5451,16 @@ def main(arguments: Sequence[str]) -> int:
 
 def act(options: Options, log: Log) -> int:
     """Do what the options say with the configuration; returns the exit status."""
+    try:
+        open_standard_descriptors()
+    except OSError as error:
+        raise SystemRefused(reason(error)) from error
     config = load_config(options.config_file, log)
     if config is None:
         return 2
     directory = go_to_directory(options)
     if options.messages:
-        tidy_descriptors()
+        withhold_descriptors()
         return Rehearsal(config, log, directory).run(options.messages)
     return check(config, log) if options.check else run(config, options, log)
 
@@ -5475,16 +5549,24 @@ def give_up_output(error: OSError, log: Log) -> None:
     if error.errno != errno.EPIPE:
         log.error(f"couldn't write to standard output: {reason(error)}")
     # What is still held back must not fail once more.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    try:
+        os.dup2(open_null(), sys.stdout.fileno())
+    except OSError as fault:
+        log.error(reason(fault))
 
 
 def run(config: Config, options: Options, log: Log) -> int:
     """Be the daemon, from binding to its end."""
     with contextlib.ExitStack() as at_end:
         try:
-            server, manager = start(config, options, log, at_end)
+            server, manager, signals = start(config, options, log, at_end)
+            signals.at_second = functools.partial(end_at_once, server, at_end)
+            signals.at_first = lambda: None  # `serve` looks at the count
         except OSError as error:
             raise SystemRefused(f"couldn't start: {reason(error)}") from error
+        except KeyboardInterrupt:
+            # The parent of a daemon has promised nobody that it would run.
+            return 1 if options.debug_level is None else 0
         sys.excepthook = functools.partial(report_fault, log)
         try:
             server.serve()
@@ -5495,9 +5577,16 @@ def run(config: Config, options: Options, log: Log) -> int:
     return 0
 
 
+def end_at_once(server: Server, at_end: contextlib.ExitStack) -> NoReturn:
+    """End the process from a signal's handler; nothing here may write to the log."""
+    server.end_now()
+    at_end.close()
+    os._exit(0)
+
+
 def start(
     config: Config, options: Options, log: Log, at_end: contextlib.ExitStack
-) -> tuple[Server, ServiceManager]:
+) -> tuple[Server, ServiceManager, Signals]:
     """Do all that can fail, and only then say that mail can come.
 
     What has to be undone at the end is left with `at_end`.
@@ -5513,7 +5602,9 @@ def start(
     # A daemon tells its parent, whose exit everybody understands.
     manager = ServiceManager(notify_path if options.debug_level is not None else b"")
     processors = Processors(config.one_processor)
-    server = Server(share(config, log, environment, processors), signals)
+    with held_signals():
+        server = Server(share(config, log, environment, processors), signals)
+        at_end.callback(server.server_close)
     ready = detach() if options.debug_level is None else None
     write_pid_file(config.pid_file or options.pid_file, at_end)
     become_user(config, log)
@@ -5524,12 +5615,12 @@ def start(
         log.info("running as a daemon")
         announce(ready)
     manager.tell(b"READY=1")
-    return server, manager
+    return server, manager, signals
 
 
 def prepare_resources(config: Config) -> None:
     """See that the sessions will have what they need of the system."""
-    tidy_descriptors()
+    close_inherited()
     raise_descriptor_limit(config)
     timeval_form()  # while there are descriptors
     if config.filter_command:
@@ -5574,17 +5665,30 @@ def inherited_environment() -> dict[bytes, bytes]:
     return environment
 
 
-def tidy_descriptors() -> None:
-    """See that 0, 1 and 2 are open, and that no filter gets any other."""
-    # With one of the standard descriptors closed, a pipe would take its place.
-    spare = os.open(os.devnull, os.O_RDWR)
+def open_standard_descriptors() -> None:
+    """See that 0, 1 and 2 are open: a pipe or a socket must not take their place."""
+    spare = open_null()
     while spare <= 2:
-        spare = os.open(os.devnull, os.O_RDWR)
+        spare = open_null()
     os.close(spare)
+
+
+def withhold_descriptors() -> None:
+    """See that no filter gets any other than 0, 1 and 2."""
     for descriptor in may_be_open():
         if descriptor > 2:
             with contextlib.suppress(OSError):
                 os.set_inheritable(descriptor, False)
+
+
+def close_inherited() -> None:
+    """Close what the caller left open above 2, before anything of ours is."""
+    syslog.closelog()  # the start may have logged already
+    syslog.openlog(NAME, 0, syslog.LOG_MAIL)
+    for descriptor in may_be_open():
+        if descriptor > 2:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
 
 
 def may_be_open() -> Sequence[int]:
@@ -5609,6 +5713,20 @@ def raise_descriptor_limit(config: Config) -> None:
                 break
 
 
+_ENDING = (signal.SIGTERM, signal.SIGINT)
+
+
+@contextlib.contextmanager
+def held_signals() -> Iterator[None]:
+    """Hold back the signals that interrupt the start, where it must not be left half
+    done."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
+
+
 def detach() -> int:
     """Go on in a child with a session of its own.
 
@@ -5616,21 +5734,32 @@ def detach() -> int:
     that, and exits with 0, or with the child's exit status if it comes to its
     end before.
     """
-    heard, told = os.pipe()
-    pid = os.fork()
+    ready, told = os.pipe()
+    with held_signals():  # until each of the two has its handlers
+        pid = os.fork()
+        if pid:
+            for number in _ENDING:
+                signal.signal(number, lambda number, _frame: pass_on(pid, number))
+            os.close(told)
+        else:
+            os.close(ready)
+            os.setsid()
     if pid:
-        os.close(told)
-        ready = os.read(heard, 1)
         # The parent's exit is the init script's answer; it cleans up nothing.
-        os._exit(0 if ready else wait_for_exit(pid) & 0xFF)
-    os.close(heard)
-    os.setsid()
+        os._exit(0 if os.read(ready, 1) else wait_for_exit(pid) & 0xFF)
     return told
+
+
+def pass_on(pid: int, number: int) -> None:
+    """Send the child a signal that ends it, also where it is stopped."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+        os.kill(pid, signal.SIGCONT)
 
 
 def announce(ready: int) -> None:
     """Leave the terminal, and let the parent exit with 0."""
-    null = os.open(os.devnull, os.O_RDWR)
+    null = open_null()
     for descriptor in range(3):
         os.dup2(null, descriptor)
     os.close(null)
@@ -5643,7 +5772,8 @@ def write_pid_file(path: str, at_end: contextlib.ExitStack) -> None:
     if not path:
         return
     try:
-        at_end.callback(PidFile(path).remove)
+        with held_signals():
+            at_end.callback(PidFile(path).remove)
     except OSError as error:
         text = f"couldn't open pid file: {shown(path)}: {reason(error)}"
         raise SystemRefused(text) from error

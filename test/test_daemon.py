@@ -542,6 +542,19 @@ def test_unix_socket_in_use_stays(
     assert daemon.connect().reply() == b"220 smtp.passthru ESMTP\r\n"
 
 
+def test_unix_socket_of_another_instance_stays(
+    proxsmtpd: StartDaemon, tmp_path: Path
+) -> None:
+    path = tmp_path / "socket"
+    first = proxsmtpd({"Listen": path})
+    path.unlink()
+    second = proxsmtpd({"Listen": path})
+    assert first.stop() == 0
+    assert second.connect().reply() == b"220 smtp.passthru\r\n"
+    assert second.stop() == 0
+    assert not path.exists()
+
+
 @pytest.mark.parametrize("host", ["::1", "127.0.0.3"])
 def test_server_address(
     host: str, make_server: MakeServer, proxsmtpd: StartDaemon, tmp_path: Path
@@ -1268,6 +1281,58 @@ def test_pid_file_that_is_a_device(
     assert stat.S_ISCHR(null.lstat().st_mode)
     assert daemon.stop() == 0
     assert stat.S_ISCHR(null.lstat().st_mode)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "file"])
+def test_pid_file_that_is_standard_output(
+    kind: str, tmp_path: Path, server: ScriptedServer
+) -> None:
+    """Through a chain of links, as /dev/stdout is one; none of them is replaced."""
+    link = tmp_path / "stdout"
+    link.symlink_to("/proc/self/fd/1")
+    conf = tmp_path / "conf"
+    out = (tmp_path / "out").open("w+b")
+    with reserve_port() as holder, out:
+        out.write(b"before\n")
+        out.flush()
+        listen = f"127.0.0.1:{port_of(holder)}"
+        conf.write_text(f"OutAddress: {server.address}\nListen: {listen}\n")
+        process = subprocess.Popen(
+            [*program_under_test(), "-d", "0", "-f", conf, "-p", link],
+            stdout=subprocess.PIPE if kind == "pipe" else out,
+        )
+        expected = b"%d\n" % process.pid
+        if process.stdout:
+            assert process.stdout.readline() == expected
+        else:
+            wanted = b"before\n" + expected
+            assert poll(lambda: (tmp_path / "out").read_bytes() == wanted)
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
+        if process.stdout:
+            process.stdout.close()
+    assert link.is_symlink()
+
+
+def test_pid_file_that_is_a_fifo(proxsmtpd: StartDaemon, tmp_path: Path) -> None:
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    daemon = proxsmtpd({"PidFile": path})
+    daemon.connect().reply()
+    assert os.read(reader, 100) == b"%d\n" % daemon.process.pid
+    os.close(reader)
+    assert daemon.stop() == 0
+    assert stat.S_ISFIFO(path.lstat().st_mode)
+
+
+def test_inherited_descriptors_are_closed(proxsmtpd: StartDaemon) -> None:
+    """Also one that the caller waits on for its end."""
+    read_end, write_end = os.pipe()
+    proxsmtpd(pass_fds=[write_end])
+    os.close(write_end)
+    assert os.read(read_end, 1) == b""
+    os.close(read_end)
 
 
 # --- The log ---
