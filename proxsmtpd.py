@@ -30,7 +30,6 @@ from __future__ import annotations
 import _thread
 import contextlib
 import errno
-import fcntl
 import functools
 import getopt
 import io
@@ -50,7 +49,6 @@ import stat
 import struct
 import sys
 import syslog
-import termios
 import threading
 import time
 import traceback
@@ -105,6 +103,7 @@ BLOCK = 256 * 1024  # mail data read from a socket or a file at a time
 SMALL_BLOCK = 16 * 1024  # commands and replies
 SPOOL_MEMORY = 1024 * 1024  # of a message in memory; what is longer is in a file
 PIPE_BLOCK = 64 * 1024  # a pipe's usual capacity
+PIPE_MOST = 1024 * 1024  # and what a filter may make of it (pipe(7))
 LINE_KEPT = 1024  # of a line of the filter's standard error
 
 LISTEN_QUEUE = 1024
@@ -125,7 +124,11 @@ FILTER_GRACE = 1.0
 LAST_GRACE = 0.3
 TIMES_KEPT = 1000  # of the last messages, for the statistics
 KILL_GRACE = 2.0  # seconds between SIGTERM and SIGKILL
-GROUP_CHECK = 0.05  # seconds between looks at what is left of a process group
+GROUP_CHECK = 0.05  # seconds between looks at what is left of process groups
+END_CHECK = 0.5  # seconds in which a session sees that its filter was told to end
+# Seconds for the daemon to notice the signal that its filter has got, too; an idle one
+# takes a millisecond.  Each rejection without a code waits so long.
+STOP_NOTICE = 0.2
 PROCESSOR_CHECK = 1.0  # seconds between looks at who else uses our processor
 PROCESSOR_SHARE = 0.2  # of it that others must use more than of another to move us
 ACCEPT_PAUSE = 0.2  # seconds without accepting when the system is exhausted
@@ -1703,14 +1706,37 @@ _UNPRINTABLE_TO_MARK = bytes.maketrans(
 )
 # What a shell exits with when its last command was killed: 128 and the signal.
 _SHELL_SAW_SIGNAL = range(129, 128 + 65)
+# What it exits with for a command that it could not run, or not find.
+_SHELL_FOUND_NOTHING = (126, 127)
+# sysexits(3): EX_UNAVAILABLE to EX_TEMPFAIL, and EX_CONFIG.
+_CANNOT_WORK = (*range(69, 76), 78)
+# What dash, bash and ash say before they exit with 2 or, bash without a process, 254:
+# the one that runs FilterCommand, and one that runs a script, by the script's name.
+_SHELL_GAVE_UP = (2, 254)
+_SCRIPT_WORDS = re.compile(
+    rb"[^\s:]+: (?:line )?(?:[0-9]+: )?"
+    rb"(?:[Ss]yntax error|unexpected EOF|[Cc]an(?:not|'t) fork|fork: |`)"
+)
 
 
-def judge(exit_status: int, last_line: bytes) -> Optional[Reply]:
+def is_shell_failure(exit_status: int, last_line: bytes) -> bool:
+    """Return whether it was not the filter that failed, but a shell."""
+    return (
+        exit_status in _SHELL_FOUND_NOTHING
+        or last_line.startswith(b"sh: ")
+        or (exit_status in _SHELL_GAVE_UP and bool(_SCRIPT_WORDS.match(last_line)))
+    )
+
+
+def judge(
+    exit_status: int, last_line: bytes, *, only_coded: bool = False
+) -> Optional[Reply]:
     """The verdict of a filter that ended: the refusing reply, or None to pass.
 
     `exit_status` is negative for the signal that killed it.  What is not printable
     ASCII in its last words becomes a question mark.  Raises `FilterFailure` where
-    the end says nothing about the message.
+    the end says nothing about the message; with `only_coded`, that is any end
+    without a code.
     """
     if exit_status == 0:
         return None
@@ -1718,10 +1744,12 @@ def judge(exit_status: int, last_line: bytes) -> Optional[Reply]:
     if exit_status < 0:
         raise FilterFailure(f"filter command terminated abnormally{said}")
     if coded_reply(last_line) is None:
-        if exit_status in (126, 127):
+        if is_shell_failure(exit_status, last_line):
             raise FilterFailure(f"filter command could not be run{said}")
         if exit_status in _SHELL_SAW_SIGNAL:
             raise FilterFailure(f"filter command terminated abnormally{said}")
+        if only_coded or exit_status in _CANNOT_WORK:
+            raise FilterFailure(f"filter command failed with {exit_status}{said}")
     return rejection(last_line.translate(_UNPRINTABLE_TO_MARK))
 
 
@@ -1755,6 +1783,7 @@ class Config:
     filter_timeout: int
     filter_type: FilterType
     observes: bool  # FilterMode
+    only_coded_verdicts: bool  # FilterVerdict
     passes_failures: bool  # FilterFailure
     header: bytes = b""
     keep_alives: int
@@ -1906,6 +1935,12 @@ SETTINGS = (
         "filter_type",
         "pipe",
         _choice({kind.value: kind for kind in FilterType}),
+    ),
+    Setting(
+        "FilterVerdict",
+        "only_coded_verdicts",
+        "any",
+        _choice({"any": False, "coded": True}),
     ),
     Setting("Header", "header", "", Kind(lambda text: to_octets(unescape(text)))),
     Setting("KeepAlives", "keep_alives", "0", _seconds(0)),
@@ -2663,6 +2698,15 @@ def create_unnamed_file(directory: bytes) -> int:
     return descriptor
 
 
+@contextlib.contextmanager
+def room_needed() -> Iterator[None]:
+    """Make `NoRoom` of an OSError of what is written in here."""
+    try:
+        yield
+    except OSError as error:
+        raise NoRoom(f"couldn't write to cache file: {reason(error)}") from error
+
+
 AnySpool = TypeVar("AnySpool", bound="Spool")
 
 
@@ -2728,11 +2772,11 @@ class NamedSpool(Spool):
 
         Raises `FilterFailure` if it is not a regular file any more.
         """
-        os.close(self._file)
         # A fifo would make open wait; a link would lead out of the directory.
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
-        self._file = -1
+        written, self._file = self._file, -1
         try:
+            os.close(written)
             self._file = os.open(self.path, flags)
         except OSError as error:
             text = f"couldn't open cache file: {printable(self.path)}: {reason(error)}"
@@ -2745,12 +2789,37 @@ class NamedSpool(Spool):
     def close(self) -> None:
         self._names.pop(self.path, None)
         super().close()
-        try:
-            os.unlink(self.path)
-        except FileNotFoundError:
-            pass  # the filter took it away
-        except (IsADirectoryError, PermissionError):
-            shutil.rmtree(self.path, ignore_errors=True)
+        # The filter may have taken it away.
+        with contextlib.suppress(FileNotFoundError):
+            remove(self.path)
+
+
+def remove(path: bytes) -> None:
+    """Remove a file, or a directory and all in it; OSError for what has to stay.
+
+    Directories may be closed to their owner: the filter is another program.
+    """
+    try:
+        os.unlink(path)
+        return
+    except (IsADirectoryError, PermissionError):  # Linux says the one, others the other
+        if not stat.S_ISDIR(os.lstat(path).st_mode):
+            raise
+    for place in itertools.chain([path], directories_in(path)):
+        # One that is another user's may be empty.
+        with contextlib.suppress(PermissionError):
+            os.chmod(place, stat.S_IRWXU)
+    shutil.rmtree(path, ignore_errors=True)  # all that can go
+    if os.path.lexists(path):
+        shutil.rmtree(path)  # raises why the rest has to stay
+
+
+def directories_in(path: bytes) -> Iterator[bytes]:
+    """All directories below one, each before those that it holds."""
+    for place, names, _ in os.walk(path):
+        for name in names:
+            if not os.path.islink(os.path.join(place, name)):
+                yield os.path.join(place, name)
 
 
 # ---------------------------------------------------------------------------
@@ -2886,78 +2955,6 @@ class KeepAlive:
             self._due = time.monotonic() + self._interval
 
 
-class ExitWatch:
-    """Tells when a child process has ended, by a descriptor to poll.
-
-    The descriptor becomes readable, or is hung up; closing it is the caller's.
-    """
-
-    def __init__(self, pid: int) -> None:
-        self._pid = pid
-        self._exit_status: Optional[int] = None
-        self._waiter: Optional[threading.Thread] = None
-        self.descriptor = -1
-
-    def open(self) -> None:
-        """Get the descriptor; OSError or RuntimeError if there is none left."""
-        try:
-            self.descriptor = os.pidfd_open(self._pid)
-        except (AttributeError, OSError):
-            # Not Linux, or a kernel before 5.3: a thread waits and tells.
-            self._start_waiter()
-
-    def _start_waiter(self) -> None:
-        with contextlib.ExitStack() as opened:
-            heard, told = os.pipe()
-            opened.callback(os.close, heard)
-            opened.callback(os.close, told)
-            waiter = threading.Thread(target=self._wait_and_tell, args=(told,))
-            waiter.start()
-            opened.pop_all()
-        self.descriptor, self._waiter = heard, waiter
-
-    def _wait_and_tell(self, told: int) -> None:
-        self._exit_status = peek_exit_status(self._pid)
-        os.close(told)
-
-    def status(self) -> int:
-        """Wait for the process; its exit status, negative for a signal."""
-        if self._waiter is not None:
-            self._waiter.join()
-        if self._exit_status is None:
-            self._exit_status = peek_exit_status(self._pid)
-        return self._exit_status
-
-    def reap(self) -> None:
-        """Wait for the process, and have the system forget it."""
-        self.status()
-        # Where there was no way to peek, the system has forgotten it already.
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(self._pid, 0)
-
-
-def octets_waiting(descriptor: int) -> int:
-    """How many octets a pipe holds."""
-    answer = fcntl.ioctl(descriptor, termios.FIONREAD, struct.pack("@i", 0))
-    return int(struct.unpack("@i", answer)[0])
-
-
-def has_live_members(group: int) -> bool:
-    """Whether a process group has others than zombies, as far as /proc tells."""
-    try:
-        numbers = [name for name in os.listdir("/proc") if name.isdigit()]
-    except OSError:
-        return False  # not Linux
-    return any(_is_live_member(number, b"%d" % group) for number in numbers)
-
-
-def _is_live_member(number: str, group: bytes) -> bool:
-    with contextlib.suppress(OSError), open(f"/proc/{number}/stat", "rb") as file:
-        state, _parent, own_group, *_ = file.read().rpartition(b")")[2].split()
-        return own_group == group and state not in (b"Z", b"X")
-    return False
-
-
 def peek_exit_status(pid: int) -> int:
     """Wait for a process, but leave it a zombie: its process group stays ours."""
     if not hasattr(os, "waitid"):
@@ -2969,6 +2966,47 @@ def peek_exit_status(pid: int) -> int:
 
 def wait_for_exit(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def kill_children(thread: int) -> None:
+    """Kill the children of one of our threads, by its number (Linux, proc(5))."""
+    with contextlib.suppress(OSError):
+        with open(f"/proc/self/task/{thread}/children", "rb") as file:
+            children = file.read().split()
+        for pid in children:
+            # One may be another user's by now, or be gone.
+            with contextlib.suppress(OSError):
+                os.kill(int(pid), signal.SIGKILL)
+
+
+def live_groups() -> dict[int, None]:
+    """Return the process groups that have others than zombies, as /proc has them."""
+    groups: dict[int, None] = {}
+    with contextlib.suppress(OSError):  # not Linux
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
+                state, _, group, *_ = file.read().rpartition(b")")[2].split(None, 3)
+                if state not in (b"Z", b"X"):
+                    groups[int(group)] = None
+    return groups
+
+
+class GroupWatch:
+    """Tells which process groups live; one look at /proc serves all who ask."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._looked = -math.inf
+        self._live: dict[int, None] = {}
+
+    def may_live(self, group: int, since: float) -> bool:
+        """Return False if a look later than `since` found no member of a group."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._looked >= GROUP_CHECK:
+                self._looked = now
+                self._live = live_groups()
+            return self._looked < since or group in self._live
 
 
 # What starts a program: its name, arguments and environment, and the descriptors
@@ -3088,13 +3126,7 @@ def open_null() -> int:
         raise OSError(error.errno, text) from error
 
 
-def _open_null(closing: contextlib.ExitStack) -> int:
-    descriptor = open_null()
-    closing.callback(os.close, descriptor)
-    return descriptor
-
-
-class FilterProcess:
+class FilterRun:
     """One run of the filter command, in a process group of its own.
 
     `source` goes to its standard input, and its standard output to `sink`; None
@@ -3104,68 +3136,112 @@ class FilterProcess:
 
     def __init__(
         self,
-        source: Optional[Spool],
-        sink: Optional[Spool],
-        processors: Processors,
+        shared: Shared,
         log: Log,
+        source: Optional[Spool] = None,
+        sink: Optional[Spool] = None,
     ) -> None:
-        self._processors = processors
+        self._shared = shared
+        self._log = log
         self._source = source
         self._sink = sink
-        self._log = log
-        self._written = 0
-        self._errors = LastLine()
         self._poller = select.poll()
-        self._handlers: dict[int, Callable[[], bool]] = {}
-        # Standard output's and error's descriptors, and who takes their octets.
-        self._readers: dict[int, Callable[[bytes], None]] = {}
-        # Signals come from the main thread too, and from a handler that interrupts it.
+        self._open: dict[int, None] = {}  # our descriptors, by these names
+        self._input = self._output = self._error = self._end = -1
+        self._given = 0  # octets of `source` that the filter has taken
+        self._last_line = LastLine()
+        self._timeout = 0.0  # seconds between signs of life
+        self._deadline = math.inf  # of the next one
+        self._waiter: Optional[threading.Thread] = None
+        self._exit_status: Optional[int] = None
+        # What follows is under the lock: the main thread may end a run too, and a
+        # signal handler that interrupts it.
         self._lock = threading.RLock()
         self._pid = 0  # of the process, until it is reaped
-        self._ended = False
+        self._starter = 0  # the thread that waits for the program to begin
         self._was_told = False  # to end, so that its exit says nothing
 
-    def __enter__(self) -> FilterProcess:
+    def __enter__(self) -> FilterRun:
         return self
 
     def __exit__(self, *_exception: object) -> None:
         if self._pid:
             self._terminate()
-        self._close()
+        for descriptor in list(self._open):
+            self._close(descriptor)
 
-    def start(self, command: str, environment: Mapping[bytes, bytes]) -> None:
-        """Start the command; `FilterFailure` if the system does not let us."""
+    # The start
+
+    def start(
+        self, command: str, environment: Mapping[bytes, bytes], timeout: float
+    ) -> None:
+        """Start the command.
+
+        `timeout` is in seconds, from now on and from each sign of life.  Raises
+        `FilterFailure` if it passes, the system refuses or the daemon ends.
+        """
+        self._timeout = timeout
+        self._deadline = time.monotonic() + timeout
         try:
-            with (
-                contextlib.ExitStack() as child_ends,
-                self._processors.all(),
-                self._lock,
-            ):
-                self._check_told()
-                self._pid = self._spawn(command, environment, child_ends)
-            self._watch = ExitWatch(self._pid)
-            self._watch.open()
+            with contextlib.ExitStack() as child_ends:
+                self._spawn(command, environment, self._make_pipes(child_ends))
+            self._lower_descriptor_limit()
+            self._watch()
         except (OSError, RuntimeError) as error:
             text = reason(error) if isinstance(error, OSError) else str(error)
             raise FilterFailure(f"couldn't start filter command: {text}") from error
-        self._register(self._watch.descriptor, select.POLLIN, self._note_end)
         self._log.debug(f"executed filter command: {shown(command)} (pid: {self._pid})")
+        self._check_told()
+        if time.monotonic() >= self._deadline:
+            raise FilterFailure("timeout while starting filter command")
+
+    def _make_pipes(self, child_ends: contextlib.ExitStack) -> list[int]:
+        """Return the child's descriptors 0, 1 and 2, which `child_ends` closes."""
+        if self._source is None or self._sink is None:
+            null = open_null()
+            child_ends.callback(os.close, null)
+            standard = [null, null]
+        else:
+            self._input, child_input = self._make_pipe(child_ends, select.POLLOUT)
+            self._output, child_output = self._make_pipe(child_ends, select.POLLIN)
+            standard = [child_input, child_output]
+            if not self._source.size:
+                self._close(self._input)
+        self._error, child_error = self._make_pipe(child_ends, select.POLLIN)
+        return [*standard, child_error]
+
+    def _make_pipe(
+        self, child_ends: contextlib.ExitStack, event: int
+    ) -> tuple[int, int]:
+        """Return our end of a pipe, which waits for `event`, and the child's."""
+        ours, childs = os.pipe() if event == select.POLLIN else os.pipe()[::-1]
+        child_ends.callback(os.close, childs)
+        os.set_blocking(ours, False)
+        self._register(ours, event)
+        return ours, childs
 
     def _spawn(
-        self,
-        command: str,
-        environment: Mapping[bytes, bytes],
-        child_ends: contextlib.ExitStack,
+        self, command: str, environment: Mapping[bytes, bytes], standard: Sequence[int]
+    ) -> None:
+        """Start the process; without the lock, since its file system may hang."""
+        with self._lock:
+            self._check_told()
+            self._starter = threading.get_native_id()
+        pid = 0
+        try:
+            with self._shared.processors.all():
+                pid = self._spawn_command(command, environment, standard)
+        finally:
+            with self._lock:
+                self._starter, self._pid = 0, pid
+
+    def _spawn_command(
+        self, command: str, environment: Mapping[bytes, bytes], standard: Sequence[int]
     ) -> int:
-        standard = (
-            self._input(child_ends),
-            self._output(child_ends),
-            self._error(child_ends),
-        )
         spawn = best_spawn()
         words = plain_words(command)
         # Without PATH the shell has a default of its own.
-        if words is not None and (b"PATH" in environment or b"/" in words[0]):
+        if words and (b"PATH" in environment or b"/" in words[0]):
             # The shell would do nothing but the same.  What cannot be executed
             # is for it to explain.
             with contextlib.suppress(OSError):
@@ -3173,149 +3249,168 @@ class FilterProcess:
         shell = (b"sh", b"-c", to_octets(command))
         return spawn(b"/bin/sh", shell, environment, standard)
 
-    def _input(self, child_ends: contextlib.ExitStack) -> int:
-        source = self._source
-        if source is None:
-            return _open_null(child_ends)
-        read_end, write_end = os.pipe()
-        child_ends.callback(os.close, read_end)
-        os.set_blocking(write_end, False)
-        self._register(write_end, select.POLLOUT, lambda: self._give(write_end, source))
-        if not source.size:
-            self._drop(write_end)
-        return read_end
+    def _lower_descriptor_limit(self) -> None:
+        """Give the process the limit that we were started with.
 
-    def _output(self, child_ends: contextlib.ExitStack) -> int:
-        if self._sink is None:
-            return _open_null(child_ends)
-        return self._output_pipe(child_ends, self._sink.write)
+        Some programs close all descriptors up to it, which takes long with ours.  It
+        may have begun, but then it has hardly come beyond its loader.
+        """
+        if self._shared.descriptor_limit and hasattr(resource, "prlimit"):
+            _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            limits = self._shared.descriptor_limit, hard
+            with contextlib.suppress(OSError):  # another user's, or gone
+                resource.prlimit(self._pid, resource.RLIMIT_NOFILE, limits)
 
-    def _error(self, child_ends: contextlib.ExitStack) -> int:
-        return self._output_pipe(child_ends, self._errors.feed)
+    def _watch(self) -> None:
+        """Get a descriptor that can be read, or hangs up, when the process ends."""
+        try:
+            self._end = os.pidfd_open(self._pid)
+        except (AttributeError, OSError):
+            # Not Linux, or a kernel before 5.3: a thread waits and closes a pipe.
+            end, told = os.pipe()
+            waiter = threading.Thread(target=self._wait_and_tell, args=(told,))
+            try:
+                waiter.start()
+            except RuntimeError:
+                os.close(end)
+                os.close(told)
+                raise
+            self._end, self._waiter = end, waiter
+        self._register(self._end, select.POLLIN)
 
-    def _output_pipe(
-        self, child_ends: contextlib.ExitStack, taker: Callable[[bytes], None]
-    ) -> int:
-        read_end, write_end = os.pipe()
-        child_ends.callback(os.close, write_end)
-        os.set_blocking(read_end, False)
-        self._readers[read_end] = taker
-        self._register(read_end, select.POLLIN, lambda: self._take(read_end, taker))
-        return write_end
+    def _wait_and_tell(self, told: int) -> None:
+        self._exit_status = peek_exit_status(self._pid)
+        os.close(told)
 
-    def _register(
-        self, descriptor: int, event: int, handler: Callable[[], bool]
-    ) -> None:
+    def _register(self, descriptor: int, event: int) -> None:
         self._poller.register(descriptor, event)
-        self._handlers[descriptor] = handler
+        self._open[descriptor] = None
 
-    def _close(self) -> None:
-        for descriptor in list(self._handlers):
-            self._drop(descriptor)
-
-    def _drop(self, descriptor: int) -> None:
+    def _close(self, descriptor: int) -> None:
         self._poller.unregister(descriptor)
-        del self._handlers[descriptor]
+        del self._open[descriptor]
         os.close(descriptor)
 
-    # The handlers, called when poll says so; each returns whether there was a
-    # sign of life.
+    # The run
 
-    def _give(self, descriptor: int, source: Spool) -> bool:
-        octets = source.read(self._written, PIPE_BLOCK)
+    def finish(self, keep_alive: KeepAlive) -> tuple[int, bytes]:
+        """Wait until the process, and its standard output, have come to an end.
+
+        Returns the exit status, negative for a signal, and the last line of its
+        standard error.  Raises `FilterFailure` when the time for a sign of life has
+        passed, the daemon ends, or TempDirectory fails (`NoRoom`).
+        """
+        while self._is_running():
+            left = max(0.0, self._deadline - time.monotonic())
+            has_moved = False
+            wait = keep_alive.cut(min(left, END_CHECK))
+            for descriptor, _ in self._poller.poll(wait * 1000):
+                if descriptor == self._input:
+                    has_moved |= self._give()
+                elif descriptor == self._end:
+                    self._close(descriptor)
+                    has_moved = True
+                else:
+                    has_moved |= self._take(descriptor)
+            if has_moved:
+                self._deadline = time.monotonic() + self._timeout
+            elif not left:  # and poll was asked: the server may have held us up
+                raise FilterFailure("timeout while listening to filter command")
+            if self._end not in self._open:
+                self._check_told()
+            keep_alive.check()
+        if self._error in self._open:
+            # Not to its end, since a child in the background may write for ever.
+            self._take(self._error, PIPE_MOST)
+        status = self._wait()
+        self._log.debug(f"filter exit code: {status}")
+        return status, self._last_line.text
+
+    def _is_running(self) -> bool:
+        return self._end in self._open or self._output in self._open
+
+    def _give(self) -> bool:
+        """Write to standard input what fits; return whether anything did."""
+        assert self._source is not None
         try:
-            self._written += os.write(descriptor, octets)
+            octets = self._source.read(self._given, PIPE_BLOCK)
+        except OSError as error:
+            raise NoRoom(f"error reading cache file: {reason(error)}") from error
+        try:
+            self._given += os.write(self._input, octets)
         except BlockingIOError:
             return False
         except BrokenPipeError:
             self._log.debug("filter command closed input early")
-            self._drop(descriptor)
+            self._close(self._input)
             return False
-        if self._written == source.size:
-            self._drop(descriptor)
+        if self._given == self._source.size:
+            self._close(self._input)
         return True
 
-    def _take(self, descriptor: int, taker: Callable[[bytes], None]) -> bool:
+    def _take(self, descriptor: int, most: int = PIPE_BLOCK) -> bool:
+        """Read from standard output or error; return whether there was anything."""
         try:
-            octets = os.read(descriptor, PIPE_BLOCK)
+            octets = os.read(descriptor, most)
         except BlockingIOError:
             return False
         if not octets:
-            self._drop(descriptor)
-            return False
-        taker(octets)
-        return True
+            self._close(descriptor)
+        elif descriptor == self._error:
+            self._last_line.feed(octets)
+        else:
+            assert self._sink is not None
+            with room_needed():
+                self._sink.write(octets)
+        return bool(octets)
 
-    def _note_end(self) -> bool:
-        self._ended = True
-        return True
+    def _wait(self) -> int:
+        """Wait for the process, which stays a zombie; return its exit status."""
+        if self._waiter is not None:
+            self._waiter.join()
+        if self._exit_status is None:
+            self._exit_status = peek_exit_status(self._pid)
+        return self._exit_status
 
-    def finish(self, timeout: float, keep_alive: KeepAlive) -> tuple[int, bytes]:
-        """Let it run to its end; returns exit status and last line of its errors.
-
-        `timeout` is in seconds from the last sign of life.  Raises
-        `FilterFailure` when that has passed or the daemon ends, and OSError when
-        the sink fails.
-        """
-        deadline = time.monotonic() + timeout
-        while not self._ended:
-            left = deadline - time.monotonic()
-            # Looked at also when it is late: the server may have held us up.
-            if self._pump(keep_alive.cut(max(0.0, left))):
-                deadline = time.monotonic() + timeout
-            elif left <= 0:
-                raise FilterFailure("timeout while listening to filter command")
-            keep_alive.check()
-        self._drain()
-        status = self._watch.status()
-        self._log.debug(f"filter exit code: {status}")
-        self._check_told()
-        return status, self._errors.text
+    def _reap(self, pid: int) -> None:
+        """Wait for the process, and have the system forget it."""
+        if self._waiter is not None:
+            self._waiter.join()
+        # Where there was no way to peek, the system has forgotten it already.
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, 0)
 
     def _check_told(self) -> None:
         if self._was_told:
             raise FilterFailure("the daemon ends")
 
+    # The end
+
     def release(self) -> None:
-        """It ended in good order: what it left in the background may go on."""
-        self._reap()
-        self._close()
-
-    def _pump(self, seconds: float) -> bool:
-        """Wait for what comes first and do it; True if anything moved."""
-        moved = False
-        for descriptor, _ in self._poller.poll(seconds * 1000):
-            moved |= self._handlers[descriptor]()
-        return moved
-
-    def _drain(self) -> None:
-        """Take what the process left in its pipes, as much as there is now.
-
-        Not to their end: what it left in the background may hold them open, and
-        write for ever.
-        """
-        for descriptor, taker in self._readers.items():
-            left = octets_waiting(descriptor) if descriptor in self._handlers else 0
-            while left > 0:
-                octets = os.read(descriptor, min(left, PIPE_BLOCK))
-                taker(octets)
-                left -= len(octets) or left
-
-    def _reap(self) -> None:
-        self._watch.status()  # without the lock, which the main thread may want
+        """Let go what a run that ended in good order has left in the background."""
+        self._wait()  # without the lock, which the main thread may want
         with self._lock:
-            self._watch.reap()
+            self._reap(self._pid)
             self._pid = 0
 
     def send_signal(self, number: int) -> None:
         """Send a signal to the process group, as long as it is surely ours.
 
-        From now on its end says nothing about the message.
+        From now on its end says nothing about the message.  A program that has not
+        begun yet is killed.
         """
         with self._lock:
             self._was_told = True
+            if self._starter:
+                kill_children(self._starter)
             if self._pid:
                 self._signal_all(number)
+
+    def end_late_start(self) -> None:
+        """Kill a program that has not begun in time, so that its thread goes on."""
+        with self._lock:
+            if self._starter and time.monotonic() >= self._deadline:
+                kill_children(self._starter)
 
     def _signal_all(self, number: int) -> None:
         # A filter may have become another user's process; then so be it.
@@ -3328,7 +3423,7 @@ class FilterProcess:
     def _terminate(self) -> None:
         """End the whole group: SIGTERM, and SIGKILL for what is still there."""
         try:
-            if not self._ended:
+            if self._is_running():
                 self._log.warning(f"killing filter process (pid {self._pid})")
             self.send_signal(signal.SIGTERM)
             self.send_signal(signal.SIGCONT)  # a stopped process hears nothing else
@@ -3336,77 +3431,76 @@ class FilterProcess:
         finally:
             # Also where somebody interrupts a rehearsal for the second time.
             self.send_signal(signal.SIGKILL)
-            self._reap_or_leave()
-
-    def _reap_or_leave(self) -> None:
-        """Reap the process; one that cannot be ended must not hold up the client."""
-        watched = self._watch.descriptor
-        if watched in self._handlers and not await_readable(KILL_GRACE, watched):
-            self._leave()
-        else:
-            self._reap()
-
-    def _leave(self) -> None:
-        self._log.error(f"filter process cannot be ended (pid {self._pid})")
-        with self._lock:
-            self._pid = 0
-        with contextlib.suppress(RuntimeError):  # then it stays a zombie
-            threading.Thread(target=self._watch.reap, daemon=True).start()
+            if self._end in self._open and not await_readable(KILL_GRACE, self._end):
+                self._give_up()
+            else:
+                self.release()
 
     def _await_silence(self, seconds: float) -> None:
         """Wait until the process has ended, and its group, and nobody holds its
         pipes any more."""
-        deadline = time.monotonic() + seconds
+        begun = time.monotonic()
+        deadline = begun + seconds
+        if self._input in self._open:
+            self._close(self._input)
         left = seconds
-        while left > 0 and self._handlers:
+        while left > 0 and self._open:
             for descriptor, _ in self._poller.poll(left * 1000):
-                if self._is_over(descriptor):
-                    self._drop(descriptor)
+                with contextlib.suppress(BlockingIOError):
+                    if descriptor == self._end or not os.read(descriptor, PIPE_BLOCK):
+                        self._close(descriptor)
             left = deadline - time.monotonic()
-        while time.monotonic() < deadline and has_live_members(self._pid):
-            time.sleep(GROUP_CHECK)  # nothing tells of a group's end
+        while left > 0 and self._shared.groups.may_live(self._pid, begun):
+            time.sleep(min(left, GROUP_CHECK))  # nothing tells of a group's end
+            left = deadline - time.monotonic()
 
-    def _is_over(self, descriptor: int) -> bool:
-        """Whether nothing more comes from a descriptor that poll named.
-
-        The write end of standard input cannot be read, so it is over at once.
-        """
-        try:
-            return descriptor == self._watch.descriptor or not os.read(
-                descriptor, PIPE_BLOCK
-            )
-        except OSError:
-            return True
+    def _give_up(self) -> None:
+        """Leave a process that cannot be ended; it must not hold up the client."""
+        self._log.error(f"filter process cannot be ended (pid {self._pid})")
+        with self._lock:
+            pid, self._pid = self._pid, 0
+        with contextlib.suppress(RuntimeError):  # then it stays a zombie
+            threading.Thread(target=self._reap, args=(pid,), daemon=True).start()
 
 
 class RunningFilters:
-    """The filter processes of all sessions, so that the daemon can end them."""
+    """The filters of all sessions, so that the daemon can end them."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()  # a second signal interrupts `end_all`
-        self._processes: dict[FilterProcess, None] = {}
+        self._runs: dict[FilterRun, None] = {}
         self._closed = False
 
     @contextlib.contextmanager
-    def listed(self, process: FilterProcess) -> Iterator[None]:
-        """List a process as long as it runs; `FilterFailure` if it must not."""
+    def listed(self, run: FilterRun) -> Iterator[None]:
+        """List a run as long as it lasts; `FilterFailure` if it must not begin."""
         with self._lock:
             if self._closed:
                 raise FilterFailure("the daemon ends")
-            self._processes[process] = None
+            self._runs[run] = None
         try:
             yield
         finally:
             with self._lock:
-                self._processes.pop(process, None)
+                self._runs.pop(run, None)
 
     def end_all(self, number: int) -> None:
         """Send a signal to every filter, and let no other begin."""
         with self._lock:
             self._closed = True
-            processes = list(self._processes)
-        for process in processes:
-            process.send_signal(number)
+            runs = list(self._runs)
+        for run in runs:
+            run.send_signal(number)
+
+    def end_late_starts(self) -> None:
+        """See that no session waits longer than FilterTimeout for a program to begin.
+
+        Its thread cannot do so itself: the system holds it until then.
+        """
+        with self._lock:
+            runs = list(self._runs)
+        for run in runs:
+            run.end_late_start()
 
 
 # ---------------------------------------------------------------------------
@@ -3520,7 +3614,9 @@ class Shared(NamedTuple):
     config: Config
     log: Log
     environment: Mapping[bytes, bytes]  # inherited by the filters
+    descriptor_limit: int  # that the filters get; 0: ours
     filters: RunningFilters
+    groups: GroupWatch
     processors: Processors
     statistics: Statistics
     named_files: dict[bytes, None]  # the temporary ones that there are now
@@ -3533,13 +3629,16 @@ def share(
     log: Log,
     environment: Mapping[bytes, bytes],
     processors: Processors,
+    descriptor_limit: int = 0,
 ) -> Shared:
     """What sessions have in common before there is any."""
     return Shared(
         config,
         log,
         environment,
+        descriptor_limit,
         RunningFilters(),
+        GroupWatch(),
         processors,
         Statistics(),
         named_files={},
@@ -3551,15 +3650,6 @@ def share(
 # ---------------------------------------------------------------------------
 # One message and its filter
 # ---------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def room_needed() -> Iterator[None]:
-    """An OSError in here means `NoRoom`."""
-    try:
-        yield
-    except OSError as error:
-        raise NoRoom(f"couldn't write to cache file: {reason(error)}") from error
 
 
 class Verdict(NamedTuple):
@@ -3582,6 +3672,7 @@ class Filtering:
         self._log = log
         self._at_end = contextlib.ExitStack()  # closes the spools
         self._file: Optional[NamedSpool] = None  # with FilterType: file
+        self._failure: Optional[NoRoom] = None  # to keep the message for the filter
         self.original: Spool  # as the client sent it, until the filter runs
         self.size = 0  # of the message as it came, in octets
         self.environment: Mapping[bytes, bytes] = {}  # that the filter got
@@ -3600,25 +3691,38 @@ class Filtering:
             self._log.error(f"couldn't remove cache file: {reason(error)}")
 
     def receive(self, blocks: Iterator[bytes]) -> None:
-        """Keep the message; raises `NoRoom`."""
-        with room_needed():
-            spools = self._spools()
-            for block in blocks:
-                for spool in spools:
-                    spool.write(block)
-                self.size += len(block)
-        self._log.debug(f"wrote {self.size} bytes to cache")
+        """Keep the message; raises `NoRoom`.
 
-    def _spools(self) -> list[Spool]:
-        """Where the message goes: to the filter, and to stay what it is."""
+        What FilterMode: observe can do without, `judge` reports.
+        """
         directory = self._config.temp_directory
         if self._config.filter_type is FilterType.FILE:
-            self._file = self._kept(NamedSpool(directory, self._shared.named_files))
-            if not self._config.keeps_original:
-                self.original = self._file
-                return [self._file]
-        self.original = self._kept(Spool(directory))
-        return [self.original, *([self._file] if self._file else [])]
+            with self._needed_by_filter():
+                self._file = self._kept(NamedSpool(directory, self._shared.named_files))
+        file = self._file
+        if file is None or self._config.keeps_original:
+            self.original = self._kept(Spool(directory))
+        else:
+            self.original = file
+        for block in blocks:
+            with room_needed():
+                self.original.write(block)
+            if file is not None and file is not self.original and not self._failure:
+                with self._needed_by_filter():
+                    file.write(block)
+            self.size += len(block)
+        self._log.debug(f"wrote {self.size} bytes to cache")
+
+    @contextlib.contextmanager
+    def _needed_by_filter(self) -> Iterator[None]:
+        """Raise `NoRoom` for an OSError in here, or keep it for `judge`."""
+        try:
+            with room_needed():
+                yield
+        except NoRoom as failure:
+            if not self._config.observes:
+                raise
+            self._failure = failure
 
     def _kept(self, spool: AnySpool) -> AnySpool:
         return self._at_end.enter_context(contextlib.closing(spool))
@@ -3630,74 +3734,89 @@ class Filtering:
 
         It is ended, and what became of it is in the log, when this returns.
         """
-        begun = time.monotonic()
         with contextlib.ExitStack() as running:
             try:
-                verdict = self._run(variables, keep_alive, running)
+                verdict = self._run(variables, running, keep_alive)
             except FilterFailure as failure:
                 # Said before the filter is ended, and that said.
                 self._log.error(str(failure))
                 verdict = self._after(failure)
-        self.seconds = time.monotonic() - begun
         if self._config.observes:
             status = f"{Status.OBSERVED.value}: {verdict.status}"
             return Verdict(None, self.original, status)
         return verdict
 
+    def _run(
+        self,
+        variables: Mapping[bytes, Optional[bytes]],
+        running: contextlib.ExitStack,
+        keep_alive: KeepAlive,
+    ) -> Verdict:
+        """Run the filter to its end; `running` ends it otherwise."""
+        if self._failure is not None:
+            raise self._failure
+        message: Spool
+        if self._file is None:
+            message = self._kept(Spool(self._config.temp_directory))
+            run = FilterRun(self._shared, self._log, self.original, message)
+        else:
+            message = self._file
+            run = FilterRun(self._shared, self._log)
+            variables = {**variables, b"EMAIL": self._file.path}
+        running.enter_context(self._shared.filters.listed(run))
+        running.enter_context(run)
+        last_line = self._finish(run, variables, keep_alive)
+        assert self.exit_status is not None
+        refusal = judge(
+            self.exit_status, last_line, only_coded=self._config.only_coded_verdicts
+        )
+        if refusal and coded_reply(last_line) is None and self._is_ending():
+            raise FilterFailure("the daemon ends")
+        if self._file is None:
+            text = f"wrote {self.size} bytes to filter, read {message.size} bytes"
+            self._log.debug(text)
+        elif refusal is None:
+            self._file.reopen()
+        if refusal is None and self.size and not message.size:
+            raise FilterFailure("filter command returned an empty message")
+        run.release()
+        status = refusal.text if refusal is not None else Status.FILTERED.value
+        return Verdict(refusal, message, status)
+
+    def _finish(
+        self,
+        run: FilterRun,
+        variables: Mapping[bytes, Optional[bytes]],
+        keep_alive: KeepAlive,
+    ) -> bytes:
+        """Start the filter and wait for its end; returns its last line."""
+        variables = {**variables, b"TMPDIR": self._config.temp_directory}
+        self.environment = filter_environment(self._shared.environment, variables)
+        begun = time.monotonic()
+        try:
+            command, timeout = self._config.filter_command, self._config.filter_timeout
+            run.start(command, self.environment, timeout)
+            self.exit_status, last_line = run.finish(keep_alive)
+        finally:
+            self.seconds = time.monotonic() - begun
+        return last_line
+
     def _after(self, failure: FilterFailure) -> Verdict:
         self.has_failed = True
         # Whoever ends it, as systemd does with all of a service at its stop, or
         # we do, must not bring mail past it.
-        was_ended = self.exit_status in _WAS_ENDED or self._shared.ending.is_set
+        was_ended = self.exit_status in _WAS_ENDED
         is_its_own = not was_ended and not isinstance(failure, NoRoom)
-        if self._config.passes_failures and is_its_own:
+        if self._config.passes_failures and is_its_own and not self._is_ending():
             return Verdict(None, self.original, Status.ERROR_PASSED.value)
         return Verdict(LOCAL_ERROR, self.original, Status.FILTER_ERROR.value)
 
-    def _run(
-        self,
-        variables: Mapping[bytes, Optional[bytes]],
-        keep_alive: KeepAlive,
-        running: contextlib.ExitStack,
-    ) -> Verdict:
-        """Run the filter to its end; `running` ends it otherwise."""
-        with room_needed():
-            if self._file is None:
-                sink = self._kept(Spool(self._config.temp_directory))
-                process = self._start(self.original, sink, variables, running)
-            else:
-                variables = {**variables, b"EMAIL": self._file.path}
-                process = self._start(None, None, variables, running)
-            timeout = self._config.filter_timeout
-            self.exit_status, last_line = process.finish(timeout, keep_alive)
-        refusal = judge(self.exit_status, last_line)
-        if self._file is None:
-            text = f"wrote {self.size} bytes to filter, read {sink.size} bytes"
-            self._log.debug(text)
-        elif refusal is None:
-            self._file.reopen()
-        message = self._file or sink
-        if refusal is None and self.size and not message.size:
-            raise FilterFailure("filter command returned an empty message")
-        process.release()
-        status = refusal.text if refusal is not None else Status.FILTERED.value
-        return Verdict(refusal, message, status)
+    def _is_ending(self) -> bool:
+        """Return whether the daemon was told to end, as the filter may have been.
 
-    def _start(
-        self,
-        source: Optional[Spool],
-        sink: Optional[Spool],
-        variables: Mapping[bytes, Optional[bytes]],
-        running: contextlib.ExitStack,
-    ) -> FilterProcess:
-        shared = self._shared
-        process = FilterProcess(source, sink, shared.processors, self._log)
-        running.enter_context(shared.filters.listed(process))
-        running.enter_context(process)
-        variables = {**variables, b"TMPDIR": self._config.temp_directory}
-        self.environment = filter_environment(shared.environment, variables)
-        process.start(self._config.filter_command, self.environment)
-        return process
+        Whoever tells both may begin with the filter.
+        """
+        return bool(await_readable(STOP_NOTICE, self._shared.ending.fileno()))
 
 
 # SIGTERM, also as a shell tells of it.
@@ -4613,6 +4732,7 @@ class Server(socketserver.ThreadingTCPServer):
 
     def _serve_once(self, poller: select.poll) -> None:
         self._shared.processors.check()
+        self._shared.filters.end_late_starts()
         if self._signals.take_report():
             for line in self._shared.statistics.report(len(self._slots)):
                 self._log.notice(f"statistics: {line}")
@@ -5260,6 +5380,9 @@ def warnings_of(config: Config) -> list[str]:
     ]
     found += _directory_warnings(config.temp_directory, config.user)
     found += _program_warnings(program_of(config.filter_command), config.user)
+    complaint = shell_complaint(config.filter_command)
+    if complaint:
+        found.append(f"FilterCommand is refused by the shell: {complaint}")
     if config.is_transparent and config.out_address is not None:
         found.append(
             "the OutAddress option will be ignored when TransparentProxy is enabled"
@@ -5345,6 +5468,30 @@ def program_of(command: str) -> str:
     if match is None or to_octets(match[1]) in _SHELL_WORDS:
         return ""
     return match[1]
+
+
+def shell_complaint(command: str) -> str:
+    """What the shell says of a command that it cannot read; empty if it can."""
+    if not command or plain_words(command) is not None:
+        return ""
+    import subprocess  # only this needs it
+
+    try:
+        shell = subprocess.run(  # noqa: S603
+            [b"sh", b"-n", b"-c", to_octets(command)],
+            executable="/bin/sh",
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=CHECK_SECONDS,
+            check=False,
+        )
+    except OSError as error:
+        return reason(error)
+    except subprocess.TimeoutExpired:
+        return ""  # it waits for something else than the command
+    if not shell.returncode:
+        return ""
+    return printable((shell.stderr.strip() or b"for no reason").splitlines()[0])
 
 
 class CheckedChannel(ServerChannel):
@@ -5593,17 +5740,18 @@ def start(
     """
     log.debug(f"starting up ({VERSION})...")
     name_process()
-    prepare_resources(config)
+    descriptor_limit = prepare_resources(config)
     tell_warnings(config, options, log)
     signals = Signals()
     signals.install()  # first, since whoever sees us listen may send one
-    environment = inherited_environment()
+    environment = {**inherited_environment(), **user_environment(config.user)}
     notify_path = environment.pop(b"NOTIFY_SOCKET", b"")
     # A daemon tells its parent, whose exit everybody understands.
     manager = ServiceManager(notify_path if options.debug_level is not None else b"")
     processors = Processors(config.one_processor)
+    shared = share(config, log, environment, processors, descriptor_limit)
     with held_signals():
-        server = Server(share(config, log, environment, processors), signals)
+        server = Server(shared, signals)
         at_end.callback(server.server_close)
     ready = detach() if options.debug_level is None else None
     write_pid_file(config.pid_file or options.pid_file, at_end)
@@ -5618,13 +5766,17 @@ def start(
     return server, manager, signals
 
 
-def prepare_resources(config: Config) -> None:
-    """See that the sessions will have what they need of the system."""
+def prepare_resources(config: Config) -> int:
+    """See that the sessions will have what they need of the system.
+
+    Returns the limit of descriptors that the filters are to have, 0 for ours.
+    """
     close_inherited()
-    raise_descriptor_limit(config)
+    descriptor_limit = raise_descriptor_limit(config)
     timeval_form()  # while there are descriptors
     if config.filter_command:
         best_spawn()  # what it needs is loaded now, not at the first message
+    return descriptor_limit
 
 
 def tell_warnings(config: Config, options: Options, log: Log) -> None:
@@ -5665,6 +5817,20 @@ def inherited_environment() -> dict[bytes, bytes]:
     return environment
 
 
+def user_environment(user: str) -> dict[bytes, bytes]:
+    """What login(1) would set for the user whom the filters run as, if one is set."""
+    entry = find_user(user) if user else None
+    if entry is None:
+        return {}
+    name = to_octets(entry.pw_name)
+    return {
+        b"HOME": to_octets(entry.pw_dir),
+        b"USER": name,
+        b"LOGNAME": name,
+        b"SHELL": to_octets(entry.pw_shell or "/bin/sh"),
+    }
+
+
 def open_standard_descriptors() -> None:
     """See that 0, 1 and 2 are open: a pipe or a socket must not take their place."""
     spare = open_null()
@@ -5701,8 +5867,11 @@ def may_be_open() -> Sequence[int]:
     return range(soft if is_bounded else MOST_INHERITED)
 
 
-def raise_descriptor_limit(config: Config) -> None:
-    """See that there are enough descriptors for all connections."""
+def raise_descriptor_limit(config: Config) -> int:
+    """See that there are enough descriptors for all connections.
+
+    Returns what the limit was, 0 if it has not changed.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = DESCRIPTORS_APART + config.max_connections * DESCRIPTORS_EACH
     if soft != resource.RLIM_INFINITY and soft < needed:
@@ -5710,7 +5879,8 @@ def raise_descriptor_limit(config: Config) -> None:
         for limit in (most, min(most, MACOS_DESCRIPTORS)):
             with contextlib.suppress(ValueError, OSError):
                 resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-                break
+                return soft
+    return 0
 
 
 _ENDING = (signal.SIGTERM, signal.SIGINT)

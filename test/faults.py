@@ -348,6 +348,8 @@ DEAF = "trap '' TERM"
 CHILD = f"({WAIT}) &"
 STOPPED = "sh -c 'kill -STOP $$' &"
 APART = f"({WAIT}) </dev/null >/dev/null 2>&1 &"
+TALKING = f"({WAIT}) </dev/null >/dev/null &"
+HANDED_ON = "exec 3<&0; (sleep 0.2; pass <&3) &"
 
 ENDLESS = (
     Filter("never reads", FOR_EVER),
@@ -362,20 +364,30 @@ ENDLESS = (
     Filter("never ends, has silent children", f"{APART} {FOR_EVER}"),
     Filter("never ends, has deaf children", f"({DEAF}; {WAIT}) & {FOR_EVER}"),
     Filter("never ends, has stopped children", f"{STOPPED} {FOR_EVER}"),
+    # Whose children keep standard output open: the message has no end.
+    Filter("leaves children", f"{CHILD} pass", ways="pipe"),
+    Filter("leaves stopped children", f"{STOPPED} pass", ways="pipe"),
+    Filter("dies, has children", f"{CHILD} kill -KILL $$", ways="pipe"),
+    Filter("cannot run, has children", f"{CHILD} exec /nonexistent", ways="pipe"),
+    Filter("empties it, has children", f"{CHILD} exec cat >/dev/null", ways="pipe"),
+    Filter("rejects, leaves children", f"{CHILD} {REJECT}", ways="pipe"),
 )
 
 ENDING = (
     # That leave children.
-    Filter("dies, has children", f"{CHILD} kill -KILL $$"),
+    Filter("dies, has children", f"{CHILD} kill -KILL $$", ways="file"),
     Filter("dies, has silent children", f"{APART} kill -KILL $$"),
-    Filter("cannot run, has children", f"{CHILD} exec /nonexistent"),
+    Filter("cannot run, has children", f"{CHILD} exec /nonexistent", ways="file"),
     Filter("cannot run, has silent children", f"{APART} exec /nonexistent"),
-    Filter("sees a signal, has children", f"{CHILD} exit 137"),
-    Filter("empties it, has children", f"{CHILD} exec cat >/dev/null", ways="pipe"),
+    Filter("sees a signal, has silent children", f"{APART} exit 137"),
+    Filter("empties it, has silent children", f"{APART} exec cat >&2", ways="pipe"),
     Filter("empties it, has children", f"{CHILD} : >$EMAIL", ways="file"),
-    Filter("leaves children", f"{CHILD} pass", hears="", left=1),
+    Filter("leaves it to children", HANDED_ON, hears="", ways="pipe"),
+    Filter("leaves much to children", HANDED_ON, "", "pipe", message="long"),
+    Filter("leaves children", f"{CHILD} pass", hears="", ways="file", left=1),
+    Filter("leaves talking children", f"{TALKING} pass", hears="", left=1),
     Filter("leaves silent children", f"{APART} pass", hears="", left=1),
-    Filter("rejects, leaves children", f"{CHILD} {REJECT}", hears="dot {no}", left=1),
+    Filter("rejects, leaves children", f"{APART} {REJECT}", hears="dot {no}", left=1),
     # That say too much on standard error; on standard output, see `flood` below.
     Filter("floods", f"{FLOOD} /dev/zero >&2; pass", hears=""),
     Filter("floods with lines", f"yes | {FLOOD} >&2; pass", hears=""),

@@ -152,6 +152,7 @@ DEFAULTS = {
     "FilterReject": "530 Email Rejected",
     "FilterTimeout": "30",
     "FilterType": "pipe",
+    "FilterVerdict": "any",
     "Header": "",
     "KeepAlives": "0",
     "Listen": "10025",
@@ -211,6 +212,8 @@ VALUES: dict[str, tuple[str, str, object]] = {
     "failure defer": ("FilterFailure", "defer", False),
     "failure pass": ("FilterFailure", "PASS", True),
     "mode enforce": ("FilterMode", "enforce", False),
+    "verdict any": ("FilterVerdict", "Any", False),
+    "verdict coded": ("FilterVerdict", "coded", True),
     "mode observe": ("FilterMode", "Observe", True),
     "size": ("MaxMessageSize", "52428800", 52428800),
     "no size": ("MaxMessageSize", "0", 0),
@@ -315,6 +318,10 @@ BAD_VALUES: dict[str, tuple[list[str], str]] = {
     "FilterMode": (
         ["", "off", "observed"],
         "invalid value for FilterMode (must specify 'enforce' or 'observe')",
+    ),
+    "FilterVerdict": (
+        ["", "on", "code"],
+        "invalid value for FilterVerdict (must specify 'any' or 'coded')",
     ),
     "MaxMessageSize": (
         ["", "-1", "10M", "1e6", "1 000"],

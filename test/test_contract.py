@@ -467,7 +467,24 @@ VERDICTS: dict[str, tuple[int, bytes, bytes | None]] = {
     "1 with 1xx": (1, b"150 x", b"550 Content Rejected; 150 x\r\n"),
     "1 with NNN-text": (1, b"550-No", b"550 No\r\n"),
     "2": (2, b"No", b"550 Content Rejected; No\r\n"),
-    "EX_TEMPFAIL means nothing": (75, b"", b"550 Content Rejected\r\n"),
+    "EX_NOHOST": (68, b"", b"550 Content Rejected\r\n"),
+    "EX_TEMPFAIL with 5xx": (75, b"550 No", b"550 No\r\n"),
+    "EX_TEMPFAIL with 2xx": (75, b"250 Dropped", b"250 Dropped\r\n"),
+    "EX_PROTOCOL": (76, b"No", b"550 Content Rejected; No\r\n"),
+    "EX_NOPERM": (77, b"No", b"550 Content Rejected; No\r\n"),
+    "79": (79, b"No", b"550 Content Rejected; No\r\n"),
+    "not the shell's": (1, b"sh 1: No", b"550 Content Rejected; sh 1: No\r\n"),
+    "no more than a line": (
+        2,
+        b"rules: line 3: No",
+        b"550 Content Rejected; rules: line 3: No\r\n",
+    ),
+    "syntax error of the mail": (
+        1,
+        b"mail: 3: Syntax error",
+        b"550 Content Rejected; mail: 3: Syntax error\r\n",
+    ),
+    "shell's words with 5xx": (2, b"550 sh: 1: No", b"550 sh: 1: No\r\n"),
     "125": (125, b"No", b"550 Content Rejected; No\r\n"),
     "126 with 5xx": (126, b"550 No", b"550 No\r\n"),
     "127 with 2xx": (127, b"250 Dropped", b"250 Dropped\r\n"),
@@ -499,6 +516,33 @@ FAILURES = {
     "SIGPIPE with 2xx": (-13, b"250 Ok"),
     "SIGSEGV, seen by the shell": (139, b"Segmentation fault"),
     "SIGKILL, seen by the shell": (137, b"Killed"),
+    "EX_UNAVAILABLE": (69, b"spamc: connection refused"),
+    "EX_SOFTWARE": (70, b""),
+    "EX_OSERR": (71, b"cannot fork"),
+    "EX_OSFILE": (72, b""),
+    "EX_CANTCREAT": (73, b""),
+    "EX_IOERR": (74, b""),
+    "EX_TEMPFAIL": (75, b"try again"),
+    "EX_TEMPFAIL with 3xx": (75, b"354 x"),
+    "EX_CONFIG": (78, b""),
+    # What dash, bash and BusyBox say.
+    "dash, syntax": (2, b"sh: 1: Syntax error: Unterminated quoted string"),
+    "dash, process": (2, b"sh: 0: Cannot fork"),
+    "dash, memory": (2, b"sh: 0: Out of space"),
+    "dash, file": (2, b"sh: 1: cannot open /nowhere: No such file"),
+    "bash, syntax": (2, b"sh: -c: line 2: syntax error: unexpected end of file"),
+    "bash, its line": (2, b"sh: -c: line 1: `if )'"),
+    "bash, process": (254, b"sh: fork: Resource temporarily unavailable"),
+    "bash, file": (1, b"sh: line 1: /nowhere: No such file or directory"),
+    "ash, syntax": (2, b'sh: syntax error: unexpected ")"'),
+    "ash, process": (2, b"sh: can't fork: Resource temporarily unavailable"),
+    "dash, script's syntax": (2, b'/f/filter: 3: Syntax error: "fi" unexpected'),
+    "dash, script's process": (2, b"/f/filter: 12: Cannot fork"),
+    "bash, script's syntax": (2, b"filter: line 3: syntax error near `fi'"),
+    "bash, script's line": (2, b"/f/filter: line 3: `if fi'"),
+    "bash, script's process": (254, b"/f/filter: fork: Resource unavailable"),
+    "ash, script's syntax": (2, b'./f: line 3: syntax error: unexpected "fi"'),
+    "ash, script's process": (2, b"./f: line 3: can't fork: Resource unavailable"),
 }
 
 
@@ -506,6 +550,27 @@ FAILURES = {
 def test_failure(status: int, line: bytes) -> None:
     with pytest.raises(FilterFailure) as failure:
         program.judge(status, line)
+    assert line.decode() in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "line", "reply"), VERDICTS.values(), ids=VERDICTS.keys()
+)
+def test_coded_verdict(status: int, line: bytes, reply: bytes | None) -> None:
+    """Each end without a code is a failure, and the others are what they were."""
+    if reply is None or program.coded_reply(line):
+        assert program.judge(status, line, only_coded=True) == reply
+    else:
+        with pytest.raises(FilterFailure) as failure:
+            program.judge(status, line, only_coded=True)
+        assert str(failure.value).startswith(f"filter command failed with {status}")
+        assert line.decode() in str(failure.value)
+
+
+@pytest.mark.parametrize(("status", "line"), FAILURES.values(), ids=FAILURES.keys())
+def test_coded_failure(status: int, line: bytes) -> None:
+    with pytest.raises(FilterFailure) as failure:
+        program.judge(status, line, only_coded=True)
     assert line.decode() in str(failure.value)
 
 

@@ -145,6 +145,8 @@ WARNED = {
     "FilterCommand: no-such-filter": "no-such-filter",
     'FilterCommand: /nowhere/filter "$SENDER" | cat': "/nowhere/filter",
     "FilterCommand: A=b C= exec no-such-filter; cat": "no-such-filter",
+    "FilterCommand: cat; fi": "FilterCommand is refused by the shell: sh: ",
+    'FilterCommand: cat "': "FilterCommand is refused by the shell: sh: ",
     "User: no-such-user": "no-such-user",
 }
 
@@ -332,6 +334,7 @@ BAD_LINES = {
     "XClient: maybe": "invalid value for XClient",
     "FilterMode: obey": "invalid value for FilterMode",
     "FilterFailure: ignore": "invalid value for FilterFailure",
+    "FilterVerdict: 5xx": "invalid value for FilterVerdict",
     "ProxyProtocol: v2": "invalid value for ProxyProtocol",
     "MaxMessageSize: 10M": "invalid setting: MaxMessageSize",
     "TransparentProxy: maybe": "invalid value for TransparentProxy",
@@ -371,6 +374,7 @@ VALID_LINES = [
     "MaxMessageSize: 0",
     "FilterMode: Observe",
     "FilterFailure: PASS",
+    "FilterVerdict: Coded",
     "ProxyProtocol: on",
     "FilterCommand:",
     "Header:",

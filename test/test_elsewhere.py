@@ -32,7 +32,9 @@ test_messages_and_the_end = test_filter.test_filter_is_ended_with_the_daemon
 test_rejected = test_filter.test_rejected
 test_failing = test_filter.test_failing
 test_program_that_is_killed = test_filter.test_program_that_is_killed
-test_background_process = test_filter.test_background_process_does_not_hold_up_mail
+test_background_process = (
+    test_filter.test_silent_background_process_does_not_hold_up_mail
+)
 test_time_out = test_filter.test_time_out_ends_the_whole_group
 test_memory_is_bounded = test_filter.test_memory_is_bounded
 test_nothing_is_left_after_kill = test_filter.test_nothing_is_left_after_kill

@@ -10,21 +10,30 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import pwd
 import re
 import resource
 import shutil
 import signal
 import statistics
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 import pytest
 
-from conftest import Daemon, MakeFilter, MakeServer, StartDaemon, poll
+from conftest import (
+    Daemon,
+    MakeFilter,
+    MakeServer,
+    StartDaemon,
+    marked_processes,
+    poll,
+)
 from smtp import Delay, RawClient, Recorded, ScriptedServer
 
 MESSAGE = b"Subject: test\r\n\r\nHello\r\n"
@@ -121,6 +130,9 @@ FAILING = {
     "exit-127": "exit 127",
     "killed": "echo 554 Spam >&2; kill -KILL $$",
     "terminated": "kill -TERM $$",
+    "sysexits": "echo no daemon >&2; exit 69",
+    "syntax": "cat; fi",
+    "quotation": "echo 'Hello",
     "empty-output": "cat > /dev/null",
     "closed-output": "exec >&-; cat > /dev/null",
 }
@@ -438,6 +450,48 @@ def test_program_that_takes_long_to_start(
     assert server.wait_message().data == MESSAGE
 
 
+@pytest.fixture
+def hanging(tmp_path: Path) -> Iterator[Path]:
+    """A program that nobody can open, as on a file system that hangs."""
+    if not hasattr(fcntl, "F_SETLEASE"):
+        pytest.skip("only Linux has leases")
+    cat = shutil.which("cat")
+    assert cat is not None
+    path = tmp_path / "hanging"
+    shutil.copy(cat, path)
+    with path.open("rb") as file:
+        fcntl.fcntl(file, fcntl.F_SETSIG, signal.SIGURG)  # which ends nobody
+        fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        yield path
+
+
+def test_program_that_does_not_start(
+    hanging: Path, proxsmtpd: StartDaemon, server: ScriptedServer
+) -> None:
+    """FilterTimeout bounds that, too."""
+    daemon = proxsmtpd({"FilterCommand": hanging, "FilterTimeout": 1})
+    with start_message(daemon) as client:
+        assert daemon.connect().reply() == b"220 smtp.passthru\r\n"
+        assert client.reply() == LOCAL_ERROR
+    daemon.wait_log("timeout while starting filter command$")
+    assert server.messages == []
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_program_that_does_not_start_at_the_daemons_end(
+    signals: int, hanging: Path, proxsmtpd: StartDaemon, server: ScriptedServer
+) -> None:
+    daemon = proxsmtpd({"FilterCommand": hanging})
+    with start_message(daemon):
+        assert poll(lambda: len(marked_processes(daemon.mark)) == 2)
+        daemon.process.send_signal(signal.SIGTERM)
+        if signals == 2:
+            assert poll(lambda: not accepts(daemon))
+            daemon.process.send_signal(signal.SIGTERM)
+        assert daemon.wait(8) == 0
+    assert server.messages == []
+
+
 def test_shell_command_line(proxsmtpd: StartDaemon, server: ScriptedServer) -> None:
     command = "sed -e 's/Hello/\"Good\" bye/' | { cat; X='a  b'; echo \"$X\" & wait; }"
     daemon = proxsmtpd({"FilterCommand": command})
@@ -465,14 +519,54 @@ def test_started_when_the_message_is_here(
     assert float(started.read_text()) > before - 0.01
 
 
-def test_background_process_does_not_hold_up_mail(
+# Each hands the message, on descriptor 3, and its output to a later process.
+LATER_STAGES = {
+    "child": "exec 3<&0; { read line <GO; cat <&3; } & exit 0",
+    "apart": "exec 3<&0; setsid sh -c 'read line <GO; cat <&3' & exit 0",
+    "substitution": "bash -c 'exec > >(read line <GO; cat); cat'",
+}
+
+
+@pytest.mark.parametrize("name", LATER_STAGES)
+def test_output_is_read_to_its_end(
+    name: str, proxsmtpd: StartDaemon, server: ScriptedServer, tmp_path: Path
+) -> None:
+    """Also what comes when the filter's own process has ended."""
+    go = tmp_path / "go"
+    os.mkfifo(go)
+    daemon = proxsmtpd({"FilterCommand": LATER_STAGES[name].replace("GO", str(go))})
+    message = long_message(MEGABYTE // 32)  # a pipe holds it
+    with start_message(daemon, data=message) as client:
+        pid = int(daemon.wait_log(r"executed filter command: .* \(pid: (\d+)\)")[1])
+        assert poll(lambda: not alive(pid))
+        assert server.messages == []
+        go.write_text("go\n")
+        assert client.reply() == QUEUED
+    assert server.wait_message().data == message
+
+
+def test_output_that_stays_open_in_silence(
+    proxsmtpd: StartDaemon, server: ScriptedServer, tmp_path: Path
+) -> None:
+    """Nobody knows whether the message is whole."""
+    pid = tmp_path / "pid"
+    command = f"sleep 60 & echo $! > {pid}; cat"
+    daemon = proxsmtpd({"FilterCommand": command, "FilterTimeout": 1})
+    assert deliver(daemon) == LOCAL_ERROR
+    assert server.messages == []
+    assert not alive(int(pid.read_text()))
+    daemon.wait_log("timeout while listening to filter command$")
+
+
+def test_silent_background_process_does_not_hold_up_mail(
     proxsmtpd: StartDaemon,
     server: ScriptedServer,
     filter_script: MakeFilter,
     tmp_path: Path,
 ) -> None:
+    """Not even one that keeps standard error open."""
     pid = tmp_path / "pid"
-    script = f"sleep 60 & echo $! > {pid}; cat"
+    script = f"sleep 60 >/dev/null & echo $! > {pid}; cat"
     daemon = proxsmtpd({"FilterCommand": filter_script(script)})
     begin = time.monotonic()
     assert deliver(daemon) == QUEUED
@@ -1119,6 +1213,150 @@ def accepts(daemon: Daemon) -> bool:
     except ConnectionError:
         return False
     return True
+
+
+BOTH = ("filter", "daemon")
+
+
+@pytest.mark.parametrize("order", [BOTH, BOTH[::-1]], ids="-".join)
+@pytest.mark.parametrize(
+    ("end", "settings", "reply"),
+    [
+        ("exit 1", {}, LOCAL_ERROR),
+        ("echo stopped >&2; exit 2", {}, LOCAL_ERROR),
+        ("exit 127", {"FilterFailure": "pass"}, LOCAL_ERROR),
+        ("echo 554 Spam >&2; exit 1", {}, b"554 Spam\r\n"),
+    ],
+)
+def test_stop_of_the_filter_and_the_daemon(
+    end: str,
+    settings: Mapping[str, object],
+    reply: bytes,
+    order: tuple[str, str],
+    proxsmtpd: StartDaemon,
+    server: ScriptedServer,
+    tmp_path: Path,
+) -> None:
+    """As systemd does it, in either order; no code, no verdict."""
+    started = tmp_path / "started"
+    os.mkfifo(started)
+    end = f"kill $!; {end}"
+    command = f"sleep 60 & trap '{end}' TERM; echo $$ >{started}; wait"
+    daemon = proxsmtpd({"FilterCommand": command, **settings})
+    with start_message(daemon) as client:
+        pids = {"daemon": daemon.process.pid, "filter": int(started.read_text())}
+        # Stopped, so that it sees both at once, however slow this test may be.
+        os.kill(daemon.process.pid, signal.SIGSTOP)
+        for name in order:
+            os.kill(pids[name], signal.SIGTERM)
+        assert poll(lambda: not alive(pids["filter"]))
+        os.kill(daemon.process.pid, signal.SIGCONT)
+        assert client.reply() == reply
+    assert daemon.wait() == 0
+    assert server.messages == []
+
+
+def test_many_filters_at_the_daemons_end(proxsmtpd: StartDaemon) -> None:
+    """All is gone before an init script loses its patience, after 5 seconds."""
+    daemon = proxsmtpd({"FilterCommand": "sleep 30", "MaxConnections": 200}, level=1)
+    clients = [start_message(daemon) for _ in range(200)]
+    assert poll(lambda: len(marked_processes(daemon.mark)) == 201, 30)
+    daemon.process.send_signal(signal.SIGTERM)
+    assert daemon.wait(5) == 0
+    assert marked_processes(daemon.mark) == {}
+    for client in clients:
+        assert client.reply() == LOCAL_ERROR
+        client.close()
+
+
+@pytest.mark.parametrize("command", ["ulimit -S -n; ulimit -H -n", "SCRIPT"])
+def test_filter_has_the_limit_that_the_daemon_was_started_with(
+    command: str,
+    proxsmtpd: StartDaemon,
+    server: ScriptedServer,
+    filter_script: MakeFilter,
+) -> None:
+    script = filter_script("ulimit -S -n; ulimit -H -n")
+    daemon = proxsmtpd(
+        {"FilterCommand": command.replace("SCRIPT", script)},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, 2048)),
+    )
+    assert deliver(daemon) == QUEUED
+    assert server.wait_message().data == b"256\r\n2048\r\n"
+    assert resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE)[0] > 256
+
+
+def test_filter_is_at_home_where_the_user_is(
+    proxsmtpd: StartDaemon, server: ScriptedServer
+) -> None:
+    user = pwd.getpwuid(os.geteuid())
+    names = ("HOME", "USER", "LOGNAME", "SHELL")
+    daemon = proxsmtpd(
+        {"FilterCommand": "printenv " + " ".join(names), "User": user.pw_name},
+        env=dict.fromkeys(names, "stale"),
+    )
+    assert deliver(daemon) == QUEUED
+    values = (user.pw_dir, user.pw_name, user.pw_name, user.pw_shell)
+    assert server.wait_message().data.decode().split() == list(values)
+
+
+CLOSED = """
+    rm "$EMAIL"; mkdir -p "$EMAIL/a/b"; echo >"$EMAIL/a/b/c"
+    chmod 0 "$EMAIL/a/b" "$EMAIL/a" "$EMAIL" """
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_directories_in_the_place_of_the_file(
+    proxsmtpd: StartDaemon, open_place: Path
+) -> None:
+    """They go, too, whatever their modes are."""
+    daemon = proxsmtpd(
+        {
+            "FilterType": "file",
+            "FilterCommand": CLOSED.replace("\n", ";").strip("; "),
+            "User": "nobody",
+            "TempDirectory": open_place,
+        }
+    )
+    assert deliver(daemon) == LOCAL_ERROR
+    assert list(open_place.iterdir()) == []
+
+
+@pytest.fixture
+def open_place() -> Iterator[Path]:
+    """A directory that everybody can write to, as /tmp."""
+    with tempfile.TemporaryDirectory(prefix="proxsmtpd-test-") as name:
+        Path(name).chmod(0o1777)
+        yield Path(name)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_file_of_another_user_in_the_place_of_the_file(
+    proxsmtpd: StartDaemon, open_place: Path
+) -> None:
+    """It cannot be removed, and the log has that."""
+    out, go = open_place / "out", open_place / "go"
+    os.mkfifo(go)
+    go.chmod(0o666)
+    daemon = proxsmtpd(
+        {
+            "FilterType": "file",
+            "FilterCommand": f'echo "$EMAIL" >{out}; read line <{go}',
+            "User": "nobody",
+            "TempDirectory": open_place,
+        }
+    )
+    with start_message(daemon) as client:
+        assert poll(lambda: out.exists() and out.read_text())
+        email = Path(out.read_text().strip())
+        email.unlink()
+        email.write_bytes(MESSAGE)
+        email.chmod(0o644)
+        go.write_text("go\n")
+        assert client.reply() == QUEUED
+    daemon.wait_log("couldn't remove cache file: Operation not permitted$")
+    for path in open_place.iterdir():
+        path.unlink()
 
 
 TIDY = {

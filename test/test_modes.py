@@ -70,6 +70,7 @@ VERDICTS = {
 }
 TERMINATED = "filter command terminated abnormally"
 NOT_RUN = "filter command could not be run"
+FAILED = "filter command failed"
 FAILURES = {
     # More than one argument of a program may be.
     "cannot start": both(
@@ -86,6 +87,9 @@ FAILURES = {
     ),
     "126": both("exit 126", NOT_RUN),
     "127": both("echo oops >&2; exit 127", f"{NOT_RUN}: oops"),
+    "75": both("exit 75", "filter command failed with 75"),
+    "74 with words": both("echo oops >&2; exit 74", f"{FAILED} with 74: oops"),
+    "syntax": both("exit 0; fi", f"{NOT_RUN}: sh: .*"),
     "no program": both("/nowhere/filter --strict", f"{NOT_RUN}: .*/nowhere/filter.*"),
     "empty output": Case(
         "cat >/dev/null", ': >"$EMAIL"', "filter command returned an empty message"
@@ -338,6 +342,60 @@ def test_filter_has_ended_when_its_message_goes_on(
     assert log.index(killing[0]) < log.index("SERVER > DATA")
 
 
+# --- FilterVerdict ---
+
+CODED = {"FilterVerdict": "coded"}
+UNCODED = {
+    "silent": ("exit 1", f"{FAILED} with 1"),
+    "exception": (
+        "python3 -Ic 'raise ValueError'",
+        f"{FAILED} with 1: ValueError",
+    ),
+    "3xx": ("echo 354 x >&2; exit 3", f"{FAILED} with 3: 354 x"),
+    "255": ("exit 255", f"{FAILED} with 255"),
+}
+
+
+@pytest.mark.parametrize(
+    ("failure", "reply", "status"),
+    [
+        ({}, LOCAL_ERROR, "FILTER-ERROR"),
+        (PASS, QUEUED, "FILTER-ERROR, passed"),
+        (OBSERVE, QUEUED, "OBSERVED: FILTER-ERROR"),
+    ],
+    ids=["defer", "pass", "observe"],
+)
+@pytest.mark.parametrize("name", UNCODED)
+def test_end_without_a_code(
+    name: str,
+    failure: dict[str, str],
+    reply: bytes,
+    status: str,
+    proxsmtpd: StartDaemon,
+    server: ScriptedServer,
+) -> None:
+    command, error = UNCODED[name]
+    daemon = proxsmtpd({**settings_of("pipe", command), **CODED, **failure})
+    assert play(daemon, SHORT) == [reply]
+    passed = [with_field(SHORT)] if reply == QUEUED else []
+    assert [m.data for m in server.messages] == passed
+    assert statuses(daemon, 1) == [status]
+    assert len(errors(daemon, error)) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["passes", "refuses", "defers", "drops"])
+def test_coded_verdict(
+    name: str, kind: str, proxsmtpd: StartDaemon, server: ScriptedServer
+) -> None:
+    case = VERDICTS[name]
+    daemon = proxsmtpd({**settings_of(kind, case.command(kind)), **CODED})
+    expected = QUEUED if name == "passes" else case.outcome.encode() + b"\r\n"
+    assert play(daemon, SHORT) == [expected]
+    assert len(server.messages) == (name == "passes")
+    assert statuses(daemon, 1) == [case.outcome]
+
+
 # --- The daemon's end ---
 
 
@@ -433,10 +491,11 @@ def test_message_that_cannot_be_kept(
     proxsmtpd: StartDaemon,
     server: ScriptedServer,
 ) -> None:
-    """It is deferred in each mode, since there is nothing that could go on.
+    """It is deferred, unless it can go on from memory and the filter is only tried.
 
     The commands that are pipelined behind it are answered.
     """
+    goes_on = kind == "file" and settings == OBSERVE
     command, message = ("cat", LONG) if kind == "pipe" else (":", SHORT)
     daemon = proxsmtpd({**settings_of(kind, command), **settings})
     client = daemon.connect(timeout=30)
@@ -444,18 +503,35 @@ def test_message_that_cannot_be_kept(
     with trouble(daemon):
         client.expect(b"DATA", b"354")
         client.send(stuffed(message) + b".\r\nNOOP\r\nMAIL FROM:<c@example.com>\r\n")
-        assert client.reply() == LOCAL_ERROR
+        assert client.reply() == (QUEUED if goes_on else LOCAL_ERROR)
         assert [client.reply()[:3] for _ in range(2)] == [b"250", b"250"]
-    assert server.messages == []
-    assert status_of(daemon) == "FILTER-ERROR"
+    passed = [with_field(SHORT)] if goes_on else []
+    assert [m.data for m in server.messages] == passed
+    assert status_of(daemon) == ("OBSERVED: " if goes_on else "") + "FILTER-ERROR"
     assert len(errors(daemon, error)) == 1
     client.expect(b"RCPT TO:<b@example.com>", b"250")
     client.started = True
     assert client.message(stuffed(SHORT)) == QUEUED
-    assert server.messages[0].data == with_field(SHORT)
-    assert verbs(server.connections[0]) == (
-        b"EHLO MAIL RCPT RSET NOOP MAIL RCPT DATA".split()
+    assert server.messages[-1].data == with_field(SHORT)
+    first = b"DATA" if goes_on else b"RSET"
+    assert (
+        verbs(server.connections[0])
+        == (b"EHLO MAIL RCPT %s NOOP MAIL RCPT DATA" % first).split()
     )
+
+
+def test_message_outgrows_memory_where_it_cannot_be_kept(
+    proxsmtpd: StartDaemon, server: ScriptedServer
+) -> None:
+    """Then observing does not help it either."""
+    daemon = proxsmtpd({**settings_of("file", ":"), **OBSERVE})
+    client = daemon.connect(timeout=30)
+    with gone(daemon):
+        assert client.message(stuffed(LONG)) == LOCAL_ERROR
+    client.envelope()
+    assert client.message(stuffed(LONG)) == QUEUED
+    assert [m.data for m in server.messages] == [with_field(LONG)]
+    assert statuses(daemon, 2) == ["FILTER-ERROR", "OBSERVED: FILTERED"]
 
 
 @pytest.mark.parametrize("settings", [{}, PASS, OBSERVE], ids=["", "pass", "observe"])

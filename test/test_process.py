@@ -19,10 +19,9 @@ import pytest
 import proxsmtpd as program
 from conftest import poll, port_of, reserve_port
 from proxsmtpd import (
-    ExitWatch,
     FilterFailure,
     Filtering,
-    FilterProcess,
+    FilterRun,
     KeepAlive,
     Log,
     Processors,
@@ -46,9 +45,11 @@ def said() -> Said:
 
 
 @pytest.fixture
-def process(said: Said) -> FilterProcess:
+def process(said: Said) -> FilterRun:
     """A filter's process that has not been started."""
-    return FilterProcess(None, None, Processors(wanted=False), said.log)
+    config, _ = program.parse_config(b"OutAddress: 25\n", "")
+    shared = program.share(config, said.log, {}, Processors(wanted=False))
+    return FilterRun(shared, said.log)
 
 
 def is_there(pid: int) -> bool:
@@ -71,13 +72,13 @@ def immune(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("immune")
-def test_filter_that_cannot_be_ended(process: FilterProcess, said: Said) -> None:
+def test_filter_that_cannot_be_ended(process: FilterRun, said: Said) -> None:
     """It holds up neither the client nor the daemon, and is reaped at its end."""
     begin = time.monotonic()
-    process.start("sleep 2", os.environb)
+    process.start("sleep 2", os.environb, 0.1)
     pid = process._pid
     with pytest.raises(FilterFailure, match="timeout"), process:
-        process.finish(0.1, NO_KEEP_ALIVE)
+        process.finish(NO_KEEP_ALIVE)
     assert time.monotonic() - begin < 1.5
     assert said[-1] == f"filter process cannot be ended (pid {pid})"
     process.send_signal(signal.SIGTERM)  # as the daemon's end does
@@ -86,9 +87,9 @@ def test_filter_that_cannot_be_ended(process: FilterProcess, said: Said) -> None
 
 
 @pytest.mark.usefixtures("immune")
-def test_daemon_that_ends_waits_for_no_lock(process: FilterProcess) -> None:
+def test_daemon_that_ends_waits_for_no_lock(process: FilterRun) -> None:
     """Not even while a filter is being ended that cannot be ended."""
-    process.start("sleep 2", os.environb)
+    process.start("sleep 2", os.environb, 5)
     pid = process._pid
     ending = threading.Thread(target=process.__exit__)
     ending.start()
@@ -100,43 +101,43 @@ def test_daemon_that_ends_waits_for_no_lock(process: FilterProcess) -> None:
     assert poll(lambda: not is_there(pid))
 
 
-def test_filter_that_is_told_to_end_before_it_starts(process: FilterProcess) -> None:
+def test_filter_that_is_told_to_end_before_it_starts(process: FilterRun) -> None:
     """It never does, since nobody would end it any more."""
     process.send_signal(signal.SIGKILL)
     with pytest.raises(FilterFailure, match="the daemon ends"), process:
-        process.start("sleep 60", os.environb)
+        process.start("sleep 60", os.environb, 5)
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
 
 
 @pytest.mark.parametrize("command", ["true", "false"])
 def test_filter_that_is_told_to_end_at_its_end(
-    command: str, process: FilterProcess
+    command: str, process: FilterRun
 ) -> None:
     """Whether the signal was still in time, nobody can know."""
-    process.start(command, os.environb)
-    assert poll(lambda: not program.has_live_members(process._pid))
+    process.start(command, os.environb, 5)
+    assert poll(lambda: process._pid not in program.live_groups())
     process.send_signal(signal.SIGTERM)
     with pytest.raises(FilterFailure, match="the daemon ends"), process:
-        process.finish(5, NO_KEEP_ALIVE)
+        process.finish(NO_KEEP_ALIVE)
 
 
-def test_filter_that_would_start_when_all_are_ended(process: FilterProcess) -> None:
+def test_filter_that_would_start_when_all_are_ended(process: FilterRun) -> None:
     filters = program.RunningFilters()
     filters.end_all(signal.SIGTERM)
     with pytest.raises(FilterFailure, match="the daemon ends"):
         filters.listed(process).__enter__()
 
 
-def test_filters_that_are_not_running_any_more(process: FilterProcess) -> None:
+def test_filters_that_are_not_running_any_more(process: FilterRun) -> None:
     """They are forgotten, and nobody sends them a signal."""
     filters = program.RunningFilters()
     with filters.listed(process):
         pass
     filters.end_all(signal.SIGTERM)
     with process:
-        process.start("true", os.environb)
-        assert process.finish(5, NO_KEEP_ALIVE) == (0, b"")
+        process.start("true", os.environb, 5)
+        assert process.finish(NO_KEEP_ALIVE) == (0, b"")
         process.release()
 
 
@@ -270,7 +271,7 @@ def descriptors() -> set[str]:
 
 
 def test_no_thread_to_watch_a_filter(
-    process: FilterProcess, monkeypatch: pytest.MonkeyPatch
+    process: FilterRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The filter is ended, and nothing of it is left."""
 
@@ -282,20 +283,22 @@ def test_no_thread_to_watch_a_filter(
     before = descriptors()
     failure = "couldn't start filter command: can't start new thread"
     with pytest.raises(FilterFailure, match=failure), process:
-        process.start("sleep 60", os.environb)
+        process.start("sleep 60", os.environb, 5)
     assert descriptors() == before
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
 
 
-def test_no_descriptor_to_watch_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_descriptor_to_watch_a_process(
+    process: FilterRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def none_left(*_arguments: Any) -> None:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     monkeypatch.setattr(os, "pidfd_open", none_left)
     monkeypatch.setattr(os, "pipe", none_left)
     with pytest.raises(OSError, match="Too many open files"):
-        ExitWatch(os.getpid()).open()
+        process._watch()
 
 
 # --- What else the system may say ---
