@@ -17,6 +17,7 @@ SYSCONFDIR = $(PREFIX)/etc
 MANDIR = $(PREFIX)/share/man
 DESTDIR =
 PYTEST_ARGS =
+JOBS = --numprocesses 4 --dist loadgroup
 BENCH_ARGS =
 MINUTES = 3
 
@@ -25,7 +26,7 @@ VENV = .venv
 PIP_INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 # Bounded, so that a new release does not fail an old tree; mypy 2 cannot check for
 # Python 3.9 any more.
-PYTEST = 'pytest>=8,<10'
+PYTEST = 'pytest>=8,<10' 'pytest-xdist>=3.5,<4'
 LINTERS = 'ruff>=0.17,<0.18' 'mypy>=1.18,<2'
 
 PROGRAM_PATH = $(DESTDIR)$(SBINDIR)/proxsmtpd
@@ -52,10 +53,13 @@ all:
 demo:
 	@$(PYTHON) test/demo.py
 
+# Side by side where pytest-xdist is there or can be had, else one after the other.
 check:
-	@if $(PYTHON) -c 'import pytest' 2>/dev/null; then python='$(PYTHON)'; \
-	else $(MAKE) $(VENV)/bin/pytest && python=$(VENV)/bin/python; fi && \
-	"$$python" -m pytest $(PYTEST_ARGS)
+	@if $(PYTHON) -c 'import pytest, xdist' 2>/dev/null; then python='$(PYTHON)'; \
+	elif $(MAKE) $(VENV)/bin/pytest; then python=$(VENV)/bin/python; \
+	else python='$(PYTHON)'; fi && \
+	if "$$python" -c 'import xdist' 2>/dev/null; then jobs='$(JOBS)'; fi && \
+	"$$python" -m pytest $$jobs $(PYTEST_ARGS)
 
 soak:
 	@$(PYTHON) test/soak.py $(MINUTES)
