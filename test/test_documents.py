@@ -752,7 +752,7 @@ def assigned(name: ast.Name, scopes: Sequence[ast.AST]) -> Optional[ast.expr]:
 def messages(source: str) -> set[str]:
     """Every message of the program's source, with `ANYTHING` in some places.
 
-    A bare name, or str() of one, only passes on what was said elsewhere.
+    A bare name, or str() or reason() of one, passes on what was raised elsewhere.
     """
     tree = ast.parse(source)
     found = set()
@@ -760,7 +760,9 @@ def messages(source: str) -> set[str]:
         said = wordings(expression, [scope, *constants(tree)])
         if said == {ANYTHING}:
             what = ast.unparse(expression)
-            assert re.fullmatch(r"\w+|str\(\w+\)", what), f"what does {what} say?"
+            assert re.fullmatch(r"\w+|(str|reason)\(\w+\)", what), (
+                f"what does {what} say?"
+            )
         else:
             found |= {prefix + wording for wording in said}
     return found
@@ -816,6 +818,7 @@ def test_diagnostics_are_messages_of_the_program(entry: str) -> None:
         ("raise self._broken('x')", {"SERVER: x"}),
         ("raise Hangup(f'{number} x', REPLY)", {"\0 x"}),
         ("log.error(str(error))", set()),
+        ("raise SystemRefused(reason(error)) from error", set()),
         ("log.debug('x'); log.info('x'); parser.error('x')", set()),
     ],
 )
