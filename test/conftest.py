@@ -49,7 +49,7 @@ def compiled_program() -> str:
     # Other users run it as well.
     place = tempfile.mkdtemp(prefix="proxsmtpd-tests-", dir="/tmp")
     atexit.register(shutil.rmtree, place, ignore_errors=True)
-    os.chmod(place, 0o755)
+    Path(place).chmod(0o755)
     path = py_compile.compile(PROGRAM, f"{place}/proxsmtpd.pyc", doraise=True)
     return str(path)
 

@@ -265,7 +265,10 @@ PATHS = {
     "quoted": (rb'<"a b>c\"d@e"@example.com>', rb'"a b>c\"d@e"@example.com'),
     "parameters": (b"<a@example.com> SIZE=23 BODY=8BITMIME", b"a@example.com"),
     "blank": (b" <a@example.com>", b"a@example.com"),
-    "shell": (b"<$(id)`id`;'@example.com>", b"$(id)`id`;'@example.com"),
+    "shell": (
+        b'<"$(id)`id`;\'"@example.com>',
+        b'"$(id)`id`;\'"@example.com',
+    ),
 }
 
 
@@ -471,7 +474,7 @@ def test_program_that_does_not_start(
     """FilterTimeout bounds that, too."""
     daemon = proxsmtpd({"FilterCommand": hanging, "FilterTimeout": 1})
     with start_message(daemon) as client:
-        assert daemon.connect().reply() == b"220 smtp.passthru\r\n"
+        assert daemon.connect().reply() == b"220 smtp.passthru ESMTP\r\n"
         assert client.reply() == LOCAL_ERROR
     daemon.wait_log("timeout while starting filter command$")
     assert server.messages == []
@@ -792,8 +795,8 @@ def test_file_long_message(by_file: StartDaemon, server: ScriptedServer) -> None
     [
         (b"..\r\n...\r\n..x\r\n", b".\r\n..\r\n.x\r\n", b"..\r\n...\r\n..x\r\n"),
         (b".y\r\n", b"y\r\n", b"y\r\n"),
-        (b"a\n.\nb\n..c\r\n", b"a\n.\nb\n..c\r\n", b"a\r\n..\r\nb\r\n...c\r\n"),
-        (b"a\rb\r\r\nc\r\n", b"a\rb\r\r\nc\r\n", b"a b \r\nc\r\n"),
+        (b"a\n.\nb\n..c\r\n", b"a\n.\nb\n.c\r\n", b"a\r\n..\r\nb\r\n..c\r\n"),
+        (b"a\rb\r\r\nc\r\n", b"a\rb\r\r\nc\r\n", b"a b\r\nc\r\n"),
         (b"\n.\r\nx\r\n", b"\n.\r\nx\r\n", b"\r\n..\r\nx\r\n"),
         (b"x\r\n.\nx\r\n", b"x\r\n\nx\r\n", b"x\r\n\r\nx\r\n"),
         (b"\0\x80\xff\x1a\r\n", b"\0\x80\xff\x1a\r\n", b"\0\x80\xff\x1a\r\n"),
@@ -823,8 +826,8 @@ def test_filter_sees_the_message_and_the_server_a_clean_one(
         (r".\n..\n.x", b"..\r\n...\r\n..x\r\n"),
         (r"a\n.\nMAIL FROM:<b>\n", b"a\r\n..\r\nMAIL FROM:<b>\r\n"),
         (r"a\r\n.\r\nRSET\r\n", b"a\r\n..\r\nRSET\r\n"),
-        (r"a\r.\rb\r", b"a . b \r\n"),
-        (r"a\r\r\n\n", b"a \r\n\r\n"),
+        (r"a\r.\rb\r", b"a . b\r\n"),
+        (r"a\r\r\n\n", b"a\r\n\r\n"),
         (r"\000\n", b"\0\r\n"),
     ],
 )
