@@ -715,7 +715,8 @@ _DOT_STRING = re.compile(rb"[\w!#$%&'*+./=?^`{|}~\x80-\xff-]+")
 # Without a domain, Postfix takes `a%b` and `b!a` for a@b.
 _LOCAL_USER = re.compile(rb"[\w#$&'*+./=?^`{|}~\x80-\xff-]+")
 _DOMAIN_LABEL = re.compile(rb"[\w\x80-\xff-]+")
-_ADDRESS_LITERAL = re.compile(rb"\[[\w.:-]+\]")
+# RFC 5321 4.1.3, without what some server might take for the path's own syntax.
+_ADDRESS_LITERAL = re.compile(rb"\[[!#-'*+.-;=?A-Z^-~-]+\]")
 _PARAMETER = re.compile(rb"[A-Za-z0-9][\w-]*(?:=.*)?")
 _QUOTING = re.compile(rb'\\(.)|"')
 _TO_BE_QUOTED = re.compile(rb'["\\]')
@@ -1065,15 +1066,13 @@ class ReplyBuffer:
         return match[2] != b"-"
 
 
-_ESMTP = re.compile(rb"\bESMTP\b", re.IGNORECASE)
-
-
 def hide_greeting(reply: Reply) -> Reply:
     """Return a 220 as the client gets it: without the server's name, on one line.
 
     Clients that look for the word ESMTP send EHLO only where they find it.
     """
-    return GREETING_ESMTP if _ESMTP.search(reply) else GREETING
+    is_extended = any(b"ESMTP" in line[4:].upper().split() for line in reply.lines)
+    return GREETING_ESMTP if is_extended else GREETING
 
 
 def rewrite_hello(reply: Reply, *, extended: bool, size: int = 0) -> Reply:
@@ -1552,11 +1551,21 @@ def rfc5322_date(seconds: float) -> str:
 class Envelope:
     """What one mail transaction has gathered: all of it accepted by the server."""
 
-    __slots__ = ("_size", "recipients", "remote", "remote_helo", "sender")
+    __slots__ = (
+        "_size",
+        "has_begun",
+        "recipients",
+        "remote",
+        "remote_helo",
+        "sender",
+        "unlisted",
+    )
 
     def __init__(self) -> None:
         self.sender: Optional[bytes] = None
         self.recipients: list[bytes] = []
+        self.unlisted = 0  # recipients beyond these, where no filter has to know them
+        self.has_begun = False  # MAIL or RCPT came, even if it was refused
         self.remote: Optional[bytes] = None
         self.remote_helo: Optional[bytes] = None
         self._size = 0  # of the recipients, a line each
@@ -1570,6 +1579,7 @@ class Envelope:
         """Remember an accepted MAIL; the server has no recipients now."""
         self.sender = sender
         self.recipients = []
+        self.unlisted = 0
         self._size = 0
 
     def has_room_for(self, recipient: bytes) -> bool:
@@ -1577,8 +1587,12 @@ class Envelope:
         return self._size + len(recipient) <= RECIPIENTS_LIMIT
 
     def add_recipient(self, recipient: bytes) -> None:
-        self.recipients.append(recipient)
-        self._size += len(recipient) + 1
+        """Remember an accepted RCPT, or only count it when there are very many."""
+        if self.has_room_for(recipient):
+            self.recipients.append(recipient)
+            self._size += len(recipient) + 1
+        else:
+            self.unlisted += 1
 
     def add_xforward(self, attributes: Mapping[bytes, Optional[bytes]]) -> None:
         """Remember ADDR and HELO of an XFORWARD command for the filter."""
@@ -1604,13 +1618,19 @@ class Envelope:
                 yield line + end
                 line = f"client={client}"
             line += field
+        if self.unlisted:
+            line += f", to=({self.unlisted} more)"
         yield line + end
+
+
+_NOT_LOGGABLE = re.compile(rb"[^!-~]|[,\\]")
 
 
 def loggable_address(address: bytes) -> str:
     """Return an address for the log line of a message, where it is one word."""
-    text = printable(address).replace(" ", "\\x20").replace(",", "\\x2c")
-    return text[:ADDRESS_SHOWN]
+    octets = _NOT_LOGGABLE.sub(lambda m: b"\\x%02x" % m[0][0], address)
+    text = octets[:ADDRESS_SHOWN].decode("ascii")
+    return re.sub(r"\\x?[0-9a-f]?$", "", text) if len(octets) > len(text) else text
 
 
 # ---------------------------------------------------------------------------
@@ -3867,6 +3887,7 @@ class Session:
         self._refusals = 0  # of commands, by us
         self._refusals_in_a_row = 0
         self._has_warned = False  # of privileged commands
+        self._has_logged_rejection = False
 
     @property
     def local_peer(self) -> Peer:
@@ -4188,9 +4209,10 @@ class Session:
         make a refusal for the time being one for ever.
         """
         if self._client_refusal is not None:
-            raise Refusal(self._client_refusal)
+            raise Refusal(self._client_refusal, is_error=False)
 
     def _mail(self, command: Command) -> Reply:
+        self._envelope.has_begun = True
         if self._rejects:
             raise Refusal(self.config.filter_reject, is_error=False)
         # Not every server insists on EHLO, and it must know whose mail it is.
@@ -4215,6 +4237,7 @@ class Session:
         return path._replace(parameters=others, is_plain=False)
 
     def _rcpt(self, command: Command) -> Reply:
+        self._envelope.has_begun = True
         if self._rejects:
             raise Refusal(self.config.filter_reject, is_error=False)
         path = read_path(command.argument, b"TO")
@@ -4285,7 +4308,7 @@ class Session:
         if command.argument:
             self._refuse_data(DATA_ARGUMENT)
         if self._rejects:
-            self.log_message(self._envelope, Status.REJECTED.value)
+            self._log_rejection()
             self._refuse_data(self.config.filter_reject)
         if not self._envelope.is_complete:
             self._refuse_data(NO_TRANSACTION)
@@ -4298,9 +4321,21 @@ class Session:
         else:
             transfer.filter()
 
+    def _log_rejection(self) -> None:
+        """Log, once a session, that a client does not listen to FilterReject."""
+        status = Status.REJECTED.value
+        if self._has_logged_rejection:
+            self.shared.statistics.note_message(status, 0)
+        else:
+            self._has_logged_rejection = True
+            self.log_message(self._envelope, status)
+
     def _refuse_data(self, reply: Reply) -> NoReturn:
+        """Refuse DATA; a client may pipeline it after a refused MAIL or RCPT."""
         self.expect_silence()
-        raise Refusal(reply)
+        is_error = not self._envelope.has_begun
+        self._envelope.has_begun = False  # it excuses one DATA
+        raise Refusal(reply, is_error=is_error)
 
     def expect_silence(self) -> None:
         """Where DATA is refused, no mail data may follow; Hangup if it does.

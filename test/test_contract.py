@@ -133,6 +133,14 @@ DESCRIPTIONS = {
         'client=192.0.2.9, from="a\\x2c\\x20to=ceo@corp\\x2c\\x20status=FILTERED"@x,'
         ' to="c\\x2c\\x20status=X"@d, status=X',
     ),
+    "an escape in an address": (
+        envelope(b'"a\\x2cb,"@x', b"c@d"),
+        'client=192.0.2.9, from="a\\x5cx2cb\\x2c"@x, to=c@d, status=X',
+    ),
+    "no half of an escape": (
+        envelope(b"a" * 253 + b",", b"a" * 252 + b",,"),
+        f"client=192.0.2.9, from={'a' * 253}, to={'a' * 252}\\x2c, status=X",
+    ),
     "longest addresses": (
         envelope(b"a" * 256, b"c" * 256),
         f"client=192.0.2.9, from={'a' * 256}, to={'c' * 256}, status=X",
@@ -152,8 +160,17 @@ def test_log_line(gathered: Envelope, line: str) -> None:
     assert list(gathered.describe("192.0.2.9", "X")) == [line]
 
 
+def test_log_line_of_more_recipients_than_are_kept() -> None:
+    """Where no filter runs, their number is bounded by nothing else."""
+    gathered = envelope(b"a@b", *(b"%06d" % n * 50 for n in range(1000)))
+    lines = list(gathered.describe("192.0.2.9", "X"))
+    listed = sum(line.count("to=0") for line in lines)
+    assert listed == len(gathered.recipients) == 435
+    assert lines[-1].endswith(f", to=({1000 - listed} more), status=X")
+
+
 @pytest.mark.parametrize("octet", [b"r", b"\xe4"])
-@pytest.mark.parametrize("size", [1, 200, 12_000])
+@pytest.mark.parametrize("size", [1, 200, 300])
 def test_log_lines_that_syslog_takes(octet: bytes, size: int) -> None:
     """Each has the status and as many recipients as there is room for."""
     recipients = [

@@ -501,6 +501,35 @@ def test_rejecting_is_no_error_of_the_client(proxsmtpd: StartDaemon) -> None:
     client.expect(b"NOOP", b"250")
 
 
+def test_pipelined_data_is_no_error_of_the_client(
+    make_server: MakeServer, proxsmtpd: StartDaemon
+) -> None:
+    """It was sent before the client could know that its recipients are refused."""
+    server = make_server({"RCPT": b"550 5.1.1 No\r\n"})
+    client = proxsmtpd(server=server).connect()
+    client.reply()
+    for _ in range(120):
+        client.send(b"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n")
+        assert [client.reply()[:3] for _ in range(3)] == [b"250", b"550", b"503"]
+        client.expect(b"RSET", b"250")
+    for _ in range(19):
+        client.expect(b"DATA", b"503")
+    client.send(b"DATA\r\n")
+    assert client.rest().endswith(b"421 Too many errors\r\n")
+
+
+def test_rejecting_is_logged_once_a_session(proxsmtpd: StartDaemon) -> None:
+    daemon = proxsmtpd("FilterType: reject\n")
+    client = daemon.connect()
+    client.reply()
+    for _ in range(200):
+        client.send(b"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n")
+        assert {client.reply() for _ in range(3)} == {b"530 Email Rejected\r\n"}
+    client.quit()
+    daemon.wait_log("CLIENT connection closed")
+    assert daemon.log().count("status=REJECTED") == 1
+
+
 def test_too_many_recipients_are_no_error_of_the_client(
     proxsmtpd: StartDaemon, server: ScriptedServer
 ) -> None:

@@ -431,15 +431,19 @@ def say_all(client: RawClient, octets: bytes) -> None:
     for line in LINES:
         client.send(line.replace(b"%s", octets) + b"\r\n")
         client.reply()
-    client.envelope(b"<%s@example.com>" % printable_at_most(octets))
+    path = b"<%s@example.com>" % octets.translate(None, b"\r\n\0")
+    client.send(b"MAIL FROM:%s\r\n" % path)  # refused for a control character
+    client.reply()
+    client.expect(b"RSET", b"250")
+    client.envelope(b'<"%s"@example.com>' % quotable(octets))
     client.expect(b"DATA", b"354")
     client.send(octets + b"\r\n.\r\nQUIT\r\n")
     client.rest()
 
 
-def printable_at_most(octets: bytes) -> bytes:
-    """The octets without those that may not stand in a command."""
-    return octets.translate(None, b"\r\n\0<>")
+def quotable(octets: bytes) -> bytes:
+    """The octets without those that a quoted local part may not have."""
+    return re.sub(rb'[\x00-\x1f\x7f"\\]', b"", octets)
 
 
 def reply_with(octets: bytes) -> bytes:
@@ -573,7 +577,7 @@ def test_log_in_the_system_log(
         records: list[bytes] = []
         for octets in HOSTILE:
             with RawClient(daemon.address) as client:
-                client.start(b"<%s@example.com>" % printable_at_most(octets))
+                client.start(b'<"%s"@example.com>' % quotable(octets))
                 client.message(MESSAGE)
                 client.quit()
             while not records or b"status=554 " not in records[-1]:
@@ -584,7 +588,7 @@ def test_log_in_the_system_log(
     header = rb"<\d+>[A-Z][a-z]{2} [ \d]\d \d\d:\d\d:\d\d proxsmtpd(?:\[\d+\])?: "
     check_lines(records, header)
     assert sum(record.endswith(b" seen") for record in records) == len(HOSTILE)
-    assert any(b"from=%s%n%m%d%%s@example.com," in record for record in records)
+    assert any(b'from="%s%n%m%d%%s"@example.com,' in record for record in records)
 
 
 # --- Secrets ---
