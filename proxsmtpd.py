@@ -3309,6 +3309,8 @@ class FilterRun:
     def _close(self, descriptor: int) -> None:
         self._poller.unregister(descriptor)
         del self._open[descriptor]
+        if descriptor == self._input:
+            self._input = -1  # the next pipe may get its number
         os.close(descriptor)
 
     # The run
@@ -4324,9 +4326,8 @@ class Session:
     def _log_rejection(self) -> None:
         """Log, once a session, that a client does not listen to FilterReject."""
         status = Status.REJECTED.value
-        if self._has_logged_rejection:
-            self.shared.statistics.note_message(status, 0)
-        else:
+        self.note_message(status, 0)
+        if not self._has_logged_rejection:
             self._has_logged_rejection = True
             self.log_message(self._envelope, status)
 
@@ -4346,11 +4347,14 @@ class Session:
         if self.client.has_spoken():
             raise Hangup("client sent mail data without leave", OUT_OF_STEP)
 
-    def log_message(self, envelope: Envelope, status: str, octets: int = 0) -> None:
-        """What the log has of a message, a line mostly, and its place in the count."""
+    def note_message(self, status: str, octets: int) -> None:
+        """Count a message in the statistics."""
+        self.shared.statistics.note_message(status, octets)
+
+    def log_message(self, envelope: Envelope, status: str) -> None:
+        """Log a message: one line, or more for many recipients."""
         for line in envelope.describe(self.client_peer.host, status):
             self.log.info(line)
-        self.shared.statistics.note_message(status, octets)
 
 
 # ---------------------------------------------------------------------------
@@ -4407,10 +4411,12 @@ class Transfer:
     def _settle(self, outcome: Outcome) -> None:
         # At once, and before a log that may block: a client that gives up meanwhile
         # sends an accepted message again.
+        self._session.note_message(outcome.status, self._size)
+        self._note_times()
         self._session.answer(outcome.reply)
         self._client.flush()
-        self._session.log_message(self._envelope, outcome.status, self._size)
-        self._note_times()
+        self._session.log_message(self._envelope, outcome.status)
+        self._log_times()
         if outcome.is_open and outcome.reply.code != 421:
             self._reset_server()
 
@@ -4433,9 +4439,12 @@ class Transfer:
     def _note_times(self) -> None:
         times = self._filter_seconds, self._server_seconds
         self._session.shared.statistics.note_times(*times)
+
+    def _log_times(self) -> None:
         if self._log.is_debug:
             whole = time.monotonic() - self._begun
             text = "took {:.3f} s: filter {:.3f} s, server {:.3f} s"
+            times = self._filter_seconds, self._server_seconds
             self._log.debug(text.format(whole, *times))
 
     @contextlib.contextmanager
@@ -4445,7 +4454,8 @@ class Transfer:
         except Hangup as hangup:
             if hangup.reply is not None:
                 text = hangup.reply.text
-                self._session.log_message(self._envelope, text, self._size)
+                self._session.note_message(text, self._size)
+                self._session.log_message(self._envelope, text)
             else:
                 self._log.warning("unexpected end of data from client")
             raise
