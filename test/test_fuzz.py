@@ -634,7 +634,8 @@ def verdict(script: Script) -> bytes | None:
     lines = [line.strip() for line in script.errors.split(b"\n") if line.strip()]
     last = lines[-1] if lines else b""
     coded = re.fullmatch(rb"([245]\d\d)(?:([ -])(.*))?", last, re.S)
-    if not coded and script.status in (126, 127):
+    # Of sysexits(3), those that speak of the filter, and the shell's own two.
+    if not coded and script.status in (*range(69, 76), 78, 126, 127):
         return ERROR
     reply = b"550 Content Rejected" + (b"; " + last if last else b"")
     if coded:
