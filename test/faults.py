@@ -366,7 +366,6 @@ ENDLESS = (
     Filter("never ends, has stopped children", f"{STOPPED} {FOR_EVER}"),
     # Whose children keep standard output open: the message has no end.
     Filter("leaves children", f"{CHILD} pass", ways="pipe"),
-    Filter("leaves stopped children", f"{STOPPED} pass", ways="pipe"),
     Filter("dies, has children", f"{CHILD} kill -KILL $$", ways="pipe"),
     Filter("cannot run, has children", f"{CHILD} exec /nonexistent", ways="pipe"),
     Filter("empties it, has children", f"{CHILD} exec cat >/dev/null", ways="pipe"),
@@ -474,8 +473,8 @@ descriptors | 0           | pipe file stream | greeting {none} / end | - | 0
 descriptors | 1           | pipe file stream | greeting {away} / end | - | 0
 descriptors | 2 3 4 5 6 7 | pipe             | dot {error} | ~ RSET QUIT | 0
 descriptors | 8           | pipe             | - | ~ DATA QUIT | 1
-descriptors | 2 3 4 5 6   | file             | dot {error} | ~ RSET QUIT | 0
-descriptors | 7           | file             | - | ~ DATA QUIT | 1
+descriptors | 2 3 4 5     | file             | dot {error} | ~ RSET QUIT | 0
+descriptors | 6           | file             | - | ~ DATA QUIT | 1
 descriptors | 2           | stream           | - | ~ DATA QUIT | 1
 processes   | 0           | pipe file stream | greeting {thread} / end | - | 0
 processes   | 1           | pipe file        | dot {error} | ~ RSET QUIT | 0
