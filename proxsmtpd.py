@@ -126,8 +126,8 @@ TIMES_KEPT = 1000  # of the last messages, for the statistics
 KILL_GRACE = 2.0  # seconds between SIGTERM and SIGKILL
 GROUP_CHECK = 0.05  # seconds between looks at what is left of process groups
 END_CHECK = 0.5  # seconds in which a session sees that its filter was told to end
-# Seconds for the daemon to notice the signal that its filter has got, too; an idle one
-# takes a millisecond.  Each rejection without a code waits so long.
+# Seconds for the daemon to notice the signal that its filter got a moment before.
+# Each rejection without a code waits so long.
 STOP_NOTICE = 0.2
 PROCESSOR_CHECK = 1.0  # seconds between looks at who else uses our processor
 PROCESSOR_SHARE = 0.2  # of it that others must use more than of another to move us
