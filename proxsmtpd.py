@@ -2989,14 +2989,18 @@ def wait_for_exit(pid: int) -> int:
 
 
 def kill_children(thread: int) -> None:
-    """Kill the children of one of our threads, by its number (Linux, proc(5))."""
+    """Kill the children of one of our threads, by its number (Linux, proc(5)).
+
+    One that has begun already may have children of its own, in its process group.
+    """
     with contextlib.suppress(OSError):
         with open(f"/proc/self/task/{thread}/children", "rb") as file:
             children = file.read().split()
         for pid in children:
             # One may be another user's by now, or be gone.
-            with contextlib.suppress(OSError):
-                os.kill(int(pid), signal.SIGKILL)
+            for kill in (os.kill, os.killpg):
+                with contextlib.suppress(OSError):
+                    kill(int(pid), signal.SIGKILL)
 
 
 def live_groups() -> dict[int, None]:
