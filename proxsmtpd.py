@@ -5230,13 +5230,19 @@ class PidFile:
     """The file with the daemon's process id, made before privileges are dropped."""
 
     def __init__(self, path: str) -> None:
-        """Write the file; OSError if that cannot be."""
         self._path = os.path.abspath(to_octets(path))
         self._text = b"%d\n" % os.getpid()
         self._descriptor: Optional[int] = None  # of the file to remove at the end
+
+    def write(self) -> None:
+        """Write the file; OSError if that cannot be."""
         if self._is_special():
-            self._write_through()
-            return
+            self._write_through()  # which may wait: a signal interrupts it
+        else:
+            with held_signals():
+                self._write_file()
+
+    def _write_file(self) -> None:
         try:
             self._descriptor = self._replace()
         except PermissionError as error:
@@ -5990,9 +5996,10 @@ def write_pid_file(path: str, at_end: contextlib.ExitStack) -> None:
     """Write the pid file, if there is to be one, and have it removed at the end."""
     if not path:
         return
+    pid_file = PidFile(path)
+    at_end.callback(pid_file.remove)
     try:
-        with held_signals():
-            at_end.callback(PidFile(path).remove)
+        pid_file.write()
     except OSError as error:
         text = f"couldn't open pid file: {shown(path)}: {reason(error)}"
         raise SystemRefused(text) from error

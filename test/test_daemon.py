@@ -1272,6 +1272,33 @@ def test_filter_without_path(
     assert server.wait_message().data == MESSAGE.replace(b"Hello", b"Goodbye")
 
 
+def test_start_that_waits_for_its_pid_file(
+    config: Callable[[str], Path], server: ScriptedServer
+) -> None:
+    """A signal ends it, though nobody reads the pid; nothing is left of it."""
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(write_end, b"x")
+    os.set_blocking(write_end, True)
+    with reserve_port() as holder:
+        address = f"127.0.0.1:{port_of(holder)}"
+        path = config(f"Listen: {address}\nOutAddress: {server.address}\n")
+        command = [*program_under_test(), "-d0", "-f", str(path), "-p/dev/stdout"]
+        process = subprocess.Popen(command, stdout=write_end)
+        try:
+            assert poll(lambda: is_listening(address))
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(PATIENCE) == 0
+        finally:
+            process.kill()
+            process.wait()
+            os.close(read_end)
+            os.close(write_end)
+    assert Path("/dev/stdout").is_symlink()
+
+
 @as_root
 @pytest.mark.parametrize("stays", [False, True])
 def test_pid_file_that_is_a_device(

@@ -379,7 +379,7 @@ def test_pid_file_where_nobody_may_make_one(
 
     monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(PermissionError):
-        program.PidFile(str(tmp_path / "pid"))
+        program.PidFile(str(tmp_path / "pid")).write()
 
 
 def test_privileges_that_can_be_had_again(

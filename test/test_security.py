@@ -288,6 +288,7 @@ def test_planted_beside_the_pid_file(what: str, trap: Trap) -> None:
     beside = trap.path.with_name(f"file.{os.getpid()}")
     planted(trap._replace(path=beside), what)
     pid_file = program.PidFile(str(trap.path))
+    pid_file.write()
     assert trap.path.read_text() == f"{os.getpid()}\n"
     assert list(trap.path.parent.iterdir()) == [trap.path]
     trap.check()
@@ -306,7 +307,7 @@ def test_pid_file_of_a_user(what: str, trap: Trap) -> None:
     os.seteuid(user.pw_uid)
     try:
         with pytest.raises(OSError, match=r"Permission denied|symbolic links"):
-            program.PidFile(str(trap.path))
+            program.PidFile(str(trap.path)).write()
     finally:
         os.seteuid(0)
     trap.check()
