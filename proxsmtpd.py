@@ -3277,7 +3277,7 @@ class FilterRun:
         """Give the process the limit that we were started with.
 
         Some programs close all descriptors up to it, which takes long with ours.  It
-        may have begun, but then it has hardly come beyond its loader.
+        may have begun, but has no input yet.
         """
         if self._shared.descriptor_limit and hasattr(resource, "prlimit"):
             _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -1272,6 +1272,27 @@ def test_filter_without_path(
     assert server.wait_message().data == MESSAGE.replace(b"Hello", b"Goodbye")
 
 
+@as_root
+@with_mounts
+@pytest.mark.parametrize("arguments", [["-d", "0"], [], ["-t"]], ids=str)
+def test_machine_without_dev_null(
+    arguments: list[str], config: Callable[[str], Path], tmp_path: Path
+) -> None:
+    devices = tmp_path / "dev"
+    devices.mkdir()
+    path = config("OutAddress: 25\n")
+    command = [*program_under_test(), *arguments, "-f", str(path)]
+    result = subprocess.run(
+        [*mounted(devices, "/dev"), *command],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    reason = "couldn't open /dev/null: No such file or directory"
+    assert f"proxsmtpd: {reason}" in result.stderr.splitlines()
+
+
 def test_start_that_waits_for_its_pid_file(
     config: Callable[[str], Path], server: ScriptedServer
 ) -> None:

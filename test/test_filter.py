@@ -1272,14 +1272,18 @@ def test_many_filters_at_the_daemons_end(proxsmtpd: StartDaemon) -> None:
         client.close()
 
 
-@pytest.mark.parametrize("command", ["ulimit -S -n; ulimit -H -n", "SCRIPT"])
+# Once there is input the limit has been lowered; the first octets come after that.
+LIMITS_SHOWN = "read line; ulimit -S -n; ulimit -H -n"
+
+
+@pytest.mark.parametrize("command", [LIMITS_SHOWN, "SCRIPT"])
 def test_filter_has_the_limit_that_the_daemon_was_started_with(
     command: str,
     proxsmtpd: StartDaemon,
     server: ScriptedServer,
     filter_script: MakeFilter,
 ) -> None:
-    script = filter_script("ulimit -S -n; ulimit -H -n")
+    script = filter_script(LIMITS_SHOWN)
     daemon = proxsmtpd(
         {"FilterCommand": command.replace("SCRIPT", script)},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, 2048)),

@@ -452,3 +452,10 @@ def test_kinds(status: str, kind: str) -> None:
     statistics.note_message(status, 7)
     found = parse(statistics.report(0))
     assert (found.kinds, found.octets) == (f"1 {kind}", 7)
+
+
+def test_clock_that_is_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Durations are measured by a clock that nobody sets."""
+    statistics = Statistics()
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    assert re.fullmatch(r"since .*, [0-9]+ seconds", statistics.report(0)[0])

@@ -31,7 +31,7 @@ from conftest import (
     reserve_port,
     write_config,
 )
-from proxsmtpd import LOG_LINE_LIMIT
+from proxsmtpd import DATA_GRACE, LOG_LINE_LIMIT
 from smtp import Chunks, RawClient, ScriptedServer
 
 QUEUED = b"250 2.0.0 Ok: queued\r\n"
@@ -236,6 +236,20 @@ def test_end_with_a_log_that_nobody_reads(unread: Unread) -> None:
         unread.process.send_signal(signal.SIGTERM)
         assert client.reply() == b"421 Service shutting down\r\n"
     assert unread.process.wait(PATIENCE) == 0
+
+
+def test_second_signal_with_a_log_that_nobody_reads(unread: Unread) -> None:
+    """It does not wait for the message that the first one lets finish."""
+    with RawClient(unread.address) as client:
+        client.start()
+        client.expect(b"DATA", b"354")
+        unread.fill()
+        unread.process.send_signal(signal.SIGTERM)
+        assert poll(lambda: not is_listening(unread.address))
+        began = time.monotonic()
+        unread.process.send_signal(signal.SIGTERM)
+        assert unread.process.wait(PATIENCE) == 0
+        assert time.monotonic() - began < DATA_GRACE
 
 
 def test_log_that_is_read_again(unread: Unread) -> None:
