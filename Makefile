@@ -51,7 +51,7 @@ all:
 	@echo 'Nothing needs to be built. Try: make demo, make check, make install'
 
 demo:
-	@$(PYTHON) test/demo.py
+	@PYTHONPATH=test/support $(PYTHON) test/tools/demo.py
 
 # Side by side where pytest-xdist is there or can be had, else one after the other.
 check:
@@ -62,10 +62,10 @@ check:
 	"$$python" -m pytest $$jobs $(PYTEST_ARGS)
 
 soak:
-	@$(PYTHON) test/soak.py $(MINUTES)
+	@PYTHONPATH=test/support $(PYTHON) test/tools/soak.py $(MINUTES)
 
 bench:
-	@$(PYTHON) test/bench/bench.py $(BENCH_ARGS)
+	@$(PYTHON) test/tools/bench/bench.py $(BENCH_ARGS)
 
 # The program is checked as Python 3.9 reads it; with the tests, as this Python does,
 # since what pytest itself imports need not be written for 3.9.

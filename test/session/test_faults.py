@@ -1,0 +1,814 @@
+"""Whatever breaks: what everybody hears and sees, what works next, what is left.
+
+`support/fault_table.py` is the table.  Each of its cells is one mail transaction
+through a real process, played together with others that need the same settings.
+OutAddress is a port alone, so that proxsmtpd connects back to where a client comes
+from: each cell has a loopback address of its own, there a scripted server that breaks as the cell
+says, and, by $CLIENT, a filter of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import pwd
+import re
+import resource
+import select
+import shutil
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Callable, Optional, cast
+
+import pytest
+
+import fault_table
+from fault_table import Cell
+from helpers import MARKER, PATIENCE, StartDaemon, poll, port_of, reserve_port
+from smtp import (
+    EXTENSIONS,
+    Action,
+    Close,
+    RawClient,
+    Recorded,
+    Reply,
+    Reset,
+    ScriptedServer,
+    Stall,
+    multiline,
+)
+
+# So many cells at a time; those that wait for time outs do little else.
+FEW, MANY = 6, 16
+
+SETTINGS: Mapping[str, Mapping[str, object]] = {
+    "pipe": {"FilterType": "pipe"},
+    "file": {"FilterType": "file"},
+    "kept": {"KeepAlives": 1},
+    "stream": {"FilterCommand": ""},
+    "kept-stream": {"FilterCommand": "", "KeepAlives": 1},
+}
+PATIENT = {"TimeOut": 30, "FilterTimeout": 30}
+# A NOOP, too, comes after a second.
+IMPATIENT = ({"TimeOut": 1, "FilterTimeout": 1}, {"TimeOut": 2, "FilterTimeout": 9})
+
+MEGABYTE = 1 << 20
+HEADER = b"Subject: test\r\n\r\n"
+LINES = b"".join(b"%070d\r\n" % number for number in range(40_000))
+BODIES = {"short": b"Hello\r\n", "long": LINES, "huge": LINES * 3}
+
+DIALOGUE = ("greeting", "EHLO", "MAIL", "RCPT", "DATA", "body", "dot", "QUIT")
+OTHER_DIALOGUES = {
+    "RSET": ("greeting", "EHLO", "MAIL", "RCPT", "RSET", "QUIT"),
+    "line": ("greeting", "EHLO", "line"),
+    "HELP": ("greeting", "EHLO", "HELP"),
+}
+SAYS = {
+    "greeting": b"",
+    "EHLO": b"EHLO client.example\r\n",
+    "MAIL": b"MAIL FROM:<a@example.com>\r\n",
+    "RCPT": b"RCPT TO:<b@example.com>\r\n",
+    "DATA": b"DATA\r\n",
+    "body": HEADER,
+    "dot": b".\r\n",
+    "RSET": b"RSET\r\n",
+    "QUIT": b"QUIT\r\n",
+    "line": b"MAIL FROM:<a@exam",
+    "HELP": b"HELP\r\n" * 400,
+}
+HELLO = multiline(b"250", [b"smtp.passthru", *EXTENSIONS])
+GO = b"354 End data with <CR><LF>.<CR><LF>\r\n"
+USUAL = frozenset(
+    fault_table.REPLIES[name]
+    for name in ("hi", "hello", "mail", "rcpt", "go", "start", "queued", "ok", "bye")
+)
+
+# Where a moment of the table is another step for the client, or for the server.
+CLIENT_STEP = {
+    "XCLIENT": "EHLO",
+    "filter": "dot",
+    "own-RSET": "dot",
+    "NOOP": "body",
+    "filter-NOOP": "dot",
+}
+SERVER_STEP = {
+    "connect": "GREETING",
+    "greeting": "GREETING",
+    "EHLO2": "EHLO",
+    "body": "DATA",
+    "dot": "DOT",
+    "own-RSET": "RSET",
+    "filter-NOOP": "NOOP",
+}
+# What the server does that is wrong, and what it says of it in the midst of things.
+ACTIONS: Mapping[str, Action] = {
+    "4xx": b"450 4.0.0 not now\r\n",
+    "5xx": b"550 5.0.0 never\r\n",
+    "421": Close(b"421 4.3.2 closing\r\n"),
+    "resets": Reset(),
+    "closes": Close(),
+    "stalls": Stall(),
+}
+LAST_WORDS: Mapping[str, Action] = {
+    **ACTIONS,
+    "4xx": Close(b"450 4.0.0 not now\r\n"),
+    "5xx": Close(b"550 5.0.0 never\r\n"),
+}
+GREETINGS: Mapping[str, Action] = {
+    **ACTIONS,
+    "resets": Reset(b"220 sink.exam"),
+    "closes": Close(b"220 sink.exam"),
+}
+
+
+Condition = contextlib.AbstractContextManager[None]  # while it lasts, something fails
+
+
+class Gate:
+    """By which a filter, or the server, stops for the test, and later goes on."""
+
+    def __init__(self, stem: Path) -> None:
+        self.reached, self.go = Path(f"{stem}.reached"), Path(f"{stem}.go")
+        self._ends = [self._open(self.reached), self._open(self.go)]
+        self._is_open = threading.Event()
+
+    @staticmethod
+    def _open(path: Path) -> int:
+        os.mkfifo(path)
+        path.chmod(0o666)
+        return os.open(path, os.O_RDWR | os.O_NONBLOCK)
+
+    def pass_through(self) -> None:
+        """Say that the moment has come, and wait; a filter uses the fifos."""
+        os.write(self._ends[0], b"\n")
+        self.wait_open()
+
+    def wait_open(self) -> None:
+        """Wait until the test goes on."""
+        self._is_open.wait(PATIENCE)
+
+    def wait_reached(self) -> None:
+        """Wait until the moment has come."""
+        poller = select.poll()
+        poller.register(self._ends[0], select.POLLIN)
+        assert poller.poll(PATIENCE * 1000), "it has not come to this"
+
+    def open(self) -> None:
+        """Let everybody go on."""
+        self._is_open.set()
+        os.write(self._ends[1], b"go\n")
+
+    def close(self) -> None:
+        """Let go who has been left behind, too."""
+        self._is_open.set()
+        for end in self._ends:
+            os.close(end)
+
+
+class Theatre:
+    """A daemon, and where the cells that need its settings are played."""
+
+    def __init__(
+        self,
+        start: StartDaemon,
+        way: str,
+        place: Path,
+        settings: Mapping[str, object],
+        **options: Any,
+    ) -> None:
+        self.way, self.filters = way, place / "filters"
+        self.filters.mkdir()
+        self._holder = reserve_port()
+        self.port = port_of(self._holder)
+        self.daemon = start(
+            {
+                "OutAddress": self.port,
+                "FilterCommand": f'. "{self.filters}/$CLIENT"',
+                "XClient": "on",
+                **SETTINGS[way],
+                **settings,
+            },
+            level=3,
+            **options,
+        )
+        self.pid = self.daemon.process.pid
+        self._hosts = (f"127.1.{n // 250}.{n % 250 + 1}" for n in itertools.count())
+        self._before = footprint(self.pid)
+
+    def close(self) -> None:
+        """Give the port back."""
+        self._holder.close()
+
+    def next_host(self) -> str:
+        """A loopback address that no cell has had."""
+        return next(self._hosts)
+
+    def play(self, cell: Cell) -> str:
+        """Play one cell; what is wrong with it, or nothing."""
+        with contextlib.closing(Stage(cell, self)) as stage:
+            return stage.verdict(stage.fail) or stage.verdict(stage.recover)
+
+    def play_all(self, cells: Iterable[Cell], workers: int) -> None:
+        """Play cells, so many at a time; fails for all that are wrong."""
+        with ThreadPoolExecutor(workers) as pool:
+            wrong = list(filter(None, pool.map(self.play, cells)))
+        if wrong:
+            pytest.fail("\n".join(wrong), pytrace=False)
+
+    def play_while(self, fault: Condition, cell: Cell) -> None:
+        """Play one cell as long as the fault lasts; fails if that is wrong."""
+        with contextlib.closing(Stage(cell, self)) as stage:
+            with fault:
+                wrong = stage.verdict(stage.fail)
+                left = {path.name for path in self.daemon.tempdir.glob("*")}
+            assert not wrong
+            assert left <= {FILLING}
+            stage.recover()
+
+    def play_starved(self, spare: int) -> None:
+        """Play a message while the daemon can have only so much more memory."""
+        cell = Cell(self.way, "limit", "", "memory", "", "", 0, message="long")
+        with contextlib.closing(Stage(cell, self)) as stage:
+            stage.set_filter("pass")
+            stage.start_server()
+            most = virtual_memory(self.pid) + spare
+            with limit(self.pid, resource.RLIMIT_AS, most):
+                heard = stage.converse(stage.connect())
+            assert stage.server
+            assert fault_table.MEMORY.get(heard) == len(stage.server.messages), heard
+            delivered = len(stage.server.messages)
+            stage.cell = cell._replace(delivered=delivered, message="short")
+            stage.recover()
+
+    @contextlib.contextmanager
+    def busy(self, sessions: int) -> Iterator[None]:
+        """So many sessions do nothing but be there."""
+        threads = Path(f"/proc/{self.pid}/task")
+        with contextlib.ExitStack() as stages:
+            for _ in range(sessions):
+                stage = Stage(Cell(self.way, "limit", "", "", "", "", 0), self)
+                stages.enter_context(contextlib.closing(stage))
+                stage.start_server()
+                assert hear(stage.connect())
+            yield
+        assert poll(lambda: len(list(threads.iterdir())) == 1)
+
+    def check_nothing_left(self) -> None:
+        """See that the daemon has no more than before: see `footprint`."""
+        poll(lambda: footprint(self.pid) == self._before)
+        assert footprint(self.pid) == self._before
+
+    def processes_of(self, host: str) -> list[str]:
+        """The names of the processes of this address' filters that still live."""
+        wanted = {f"{MARKER}={self.daemon.mark}".encode(), f"CLIENT={host}".encode()}
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # It has ended meanwhile.
+                if wanted <= set((process / "environ").read_bytes().split(b"\0")):
+                    found.append((process / "comm").read_text().strip())
+        return found
+
+
+def virtual_memory(pid: int) -> int:
+    """How much memory a process has, used or not, in octets."""
+    pages = Path(f"/proc/{pid}/statm").read_text().split()[0]
+    return int(pages) * resource.getpagesize()
+
+
+def footprint(pid: int) -> dict[str, list[str]]:
+    """The threads, descriptors and children, zombies too, of a process."""
+    process = Path(f"/proc/{pid}")
+    return {
+        "threads": sorted(os.listdir(process / "task")),
+        "descriptors": sorted(open_files(process)),
+        "children": [child for child in os.listdir("/proc") if parent(child) == pid],
+    }
+
+
+def open_files(process: Path) -> Iterator[str]:
+    """What a process has open, whatever the numbers."""
+    for link in (process / "fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # Closed meanwhile.
+            yield os.readlink(link)
+
+
+def parent(process: str) -> int:
+    """The parent of a process; 0 if this is none."""
+    try:
+        text = Path("/proc", process, "stat").read_text()
+    except OSError:
+        return 0
+    return int(text.rpartition(")")[2].split()[1])
+
+
+class Stage:
+    """One cell's address, with its client, its server and its filter."""
+
+    def __init__(self, cell: Cell, theatre: Theatre) -> None:
+        self.cell, self.theatre = cell, theatre
+        self.host = theatre.next_host()
+        self._filter = theatre.filters / self.host
+        self._closing = contextlib.ExitStack()
+        self.gate = Gate(self._filter)
+        self._closing.callback(self.gate.close)
+        self.server: Optional[ScriptedServer] = None
+        self._usual: dict[str, Action] = {}
+
+    def close(self) -> None:
+        """End what is left of the cell itself."""
+        self._closing.close()
+
+    def verdict(self, act: Callable[[], None]) -> str:
+        """Do this; what was wrong about it, or nothing."""
+        try:
+            act()
+        except (AssertionError, OSError) as error:
+            return f"{self.cell}: {act.__name__}: {error!r}"
+        return ""
+
+    # The two acts
+
+    def fail(self) -> None:
+        """Play the cell."""
+        self.set_filter(self.cell.script)
+        self.start_server()
+        client = self.connect()
+        heard = self.break_off(client) if self.is_clients else self.converse(client)
+        client.close()
+        assert heard in self.cell.hears.split(" or ")
+        self.check_filter()
+        self.check_server()
+
+    def recover(self) -> None:
+        """See that the next message gets through when nothing breaks any more."""
+        self.set_filter("pass")
+        server = self.mend_server()
+        client = self.connect()
+        data = HEADER + BODIES[self.cell.message]
+        assert client.message(data) == b"250 2.0.0 Ok: queued\r\n"
+        client.quit()
+        assert len(server.messages) == self.cell.delivered + 1
+        assert server.messages[-1].data == data
+
+    @property
+    def is_clients(self) -> bool:
+        return self.cell.party == "client" and self.cell.what != "pauses"
+
+    # The client
+
+    def connect(self) -> RawClient:
+        """A client with the cell's address."""
+        daemon = self.theatre.daemon.address
+        client = RawClient(daemon, PATIENCE, (self.host, 0))
+        self._closing.callback(client.close)
+        return client
+
+    def converse(self, client: RawClient) -> str:
+        """Play the whole dialogue; what the client has heard that is not usual."""
+        for step in OTHER_DIALOGUES.get(self.cell.when, DIALOGUE):
+            self.say(client, step)
+            text = "" if step == "body" else hear(client)
+            if step != "body" and text not in USUAL:
+                return " / ".join(self.part(client, step, text))
+        assert client.eof()
+        return ""
+
+    def part(self, client: RawClient, step: str, text: str) -> Iterator[str]:
+        """What the client hears from its first bad news on."""
+        yield f"{step} {text}" if text else "end"
+        if text and step != "QUIT" and not text.startswith("421"):
+            step = "QUIT"
+            self.say(client, step)
+            text = hear(client)
+            if text not in USUAL:
+                yield f"{step} {text}" if text else "end"
+        was_refused = step == "QUIT" and text[:2] in ("45", "55")
+        if text and not was_refused:
+            assert client.eof()
+            if step != "QUIT":
+                yield "end"
+
+    def say(self, client: RawClient, step: str) -> None:
+        """Send what belongs to this step."""
+        with contextlib.suppress(ConnectionError):  # It says so when we read.
+            if step == "dot":
+                client.send(BODIES[self.cell.message])
+                self.check_patience(client)
+            client.send(SAYS[step])
+        if step == CLIENT_STEP.get(self.cell.when):
+            self.await_keep_alive()
+
+    def check_patience(self, client: RawClient) -> None:
+        """See that the client's data is read to its end before it is answered."""
+        if self.cell.party in ("server", "disk"):
+            assert not select.select([client.sock], [], [], 0)[0], "answered too early"
+
+    def await_keep_alive(self) -> None:
+        """Where proxsmtpd's NOOP is the moment, wait for it, and go on."""
+        if self.cell.what == "pauses":
+            time.sleep(1.2)  # The span in which it must not come.
+        elif self.cell.party == "server" and self.cell.when in ("NOOP", "filter-NOOP"):
+            assert self.server
+            self.server.wait_line(b"NOOP")
+            self.gate.open()
+
+    def break_off(self, client: RawClient) -> str:
+        """Play up to the client's fault; what it hears after that."""
+        when = self.cell.when
+        last = CLIENT_STEP.get(when, when)
+        for step in OTHER_DIALOGUES.get(when, DIALOGUE):
+            self.say(client, step)
+            if step == last:
+                break
+            assert step == "body" or hear(client) in USUAL
+        if when == "own-RSET":
+            assert hear(client) == fault_table.REPLIES["no"]
+        if self.is_seen:
+            self.gate.wait_reached()
+        return self.leave(client)
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether anybody but proxsmtpd notices that the moment has come."""
+        unseen = {"line", "body", "HELP"}
+        if self.theatre.way != "stream":
+            unseen.add("DATA")
+        return self.cell.when not in unseen
+
+    def leave(self, client: RawClient) -> str:
+        """Do what is wrong; what the client hears after that."""
+        if self.cell.when == "HELP":
+            server = self.server
+            assert server
+            server.wait_for(lambda: server.connections[0].closed)
+            return ""
+        ways = {
+            "resets": client.reset,
+            "closes": client.close,
+            "half-closes": client.half_close,
+        }
+        ways.get(self.cell.what, lambda: None)()
+        self.gate.open()
+        if self.cell.what in ("resets", "closes"):
+            return ""
+        return " / ".join(iter(lambda: hear(client), ""))
+
+    # The server
+
+    def start_server(self) -> None:
+        """Start the server with the cell's fault, if it can be connected to."""
+        moment = (self.cell.when, self.cell.what)
+        if moment == ("connect", "stalls"):
+            self._blocked = self._closing.enter_context(contextlib.ExitStack())
+            for sock in blocked_port((self.host, self.theatre.port)):
+                self._blocked.enter_context(sock)
+        elif moment != ("connect", "refuses"):
+            self.server = self.good_server()
+            self._usual = cast("dict[str, Action]", dict(self.server.script))
+            self.server.script.update(self.faulty_script())
+
+    def good_server(self) -> ScriptedServer:
+        """A server that accepts everything."""
+        xclient = (b"XCLIENT ADDR",)
+        offers = xclient if self.cell.when in ("XCLIENT", "EHLO2") else ()
+        server = ScriptedServer(
+            host=self.host, port=self.theatre.port, extensions=(*EXTENSIONS, *offers)
+        )
+        self._closing.callback(server.close)
+        return server
+
+    def mend_server(self) -> ScriptedServer:
+        """The server without its fault."""
+        if self.server is None:
+            if self.cell.what == "stalls":
+                self._blocked.close()
+            return self.good_server()
+        self.server.script.update(self._usual)
+        return self.server
+
+    def faulty_script(self) -> Iterator[tuple[str, Reply]]:
+        """What the server does otherwise than usual, and at which step."""
+        when, what = self.cell.when, self.cell.what
+        step = SERVER_STEP.get(when, when)
+        if self.is_clients and self.is_seen and step in self._usual:
+            yield step, self.held(self._usual[step])
+        if when == "HELP":
+            yield step, multiline(b"214", [b"x" * 70] * 900)
+        if self.cell.party != "server":
+            return
+        actions = {"greeting": GREETINGS, "body": LAST_WORDS}.get(when, ACTIONS)
+        yield step, actions[what]
+        if when == "EHLO2":
+            yield step, [self._usual[step], actions[what]]
+        if when == "body":
+            yield step, self.in_the_body(actions[what])
+        if when == "own-RSET" and self.theatre.way == "stream":
+            yield "DATA", ACTIONS["5xx"]
+
+    def held(self, usual: Action) -> Reply:
+        """The usual reply, but only when the client has done its worst."""
+
+        def answer(_connection: Recorded, _line: bytes) -> Optional[Action]:
+            self.gate.pass_through()
+            return usual
+
+        return answer
+
+    def in_the_body(self, action: Action) -> Reply:
+        """Take the beginning of a message, then act."""
+
+        def answer(connection: Recorded, _line: bytes) -> Optional[Action]:
+            # Small, so that the rest of the message does not fit into it.
+            connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+            connection.send(GO)
+            connection.sock.recv(1)
+            if isinstance(action, Stall):
+                self.gate.wait_open()  # reading nothing, unlike other stalls
+            return action
+
+        return answer
+
+    def check_server(self) -> None:
+        """See that it got what it should, and that its connection is closed."""
+        self.gate.open()
+        seen, accepted = "", 0
+        if self.server:
+            server = self.server
+            server.wait_for(lambda: all(c.closed for c in server.connections))
+            lines = [line for c in server.connections for line in c.lines]
+            seen = " ".join(line.split()[0].decode() for line in lines)
+            accepted = len(server.messages)
+        assert re.fullmatch(self.cell.sees, seen), (self.cell.sees, seen)
+        assert accepted == self.cell.delivered
+        if accepted and self.server and "pass" in self.cell.script:
+            assert self.server.messages[0].data == HEADER + BODIES[self.cell.message]
+
+    # The filter
+
+    def set_filter(self, script: str) -> None:
+        """Have messages of this address filtered by this script."""
+        passing = ":" if self.theatre.way == "file" else "cat"
+        names = f"reached={self.gate.reached} go={self.gate.go}"
+        self._filter.write_text(f"{names}\npass() {{ {passing}; }}\n{script}\n")
+
+    def check_filter(self) -> None:
+        """See that no process of it is left but those that may stay."""
+        if self.cell.script != "pass":
+            left = self.cell.left
+            poll(lambda: len(self.theatre.processes_of(self.host)) == left, 2)
+            found = self.theatre.processes_of(self.host)
+            assert len(found) == left, found
+
+
+def hear(client: RawClient) -> str:
+    """The client's next reply as text; empty if the connection has ended."""
+    if client.at_end():
+        return ""
+    reply = client.reply()
+    return (reply[:17] if reply == HELLO else reply).decode().rstrip()
+
+
+def blocked_port(where: tuple[str, int]) -> Iterator[socket.socket]:
+    """Sockets that make whoever connects there wait for ever."""
+    yield (listener := socket.create_server(where, backlog=0))
+    yield socket.create_connection(listener.getsockname())
+
+
+# --- Peers and filters ---
+
+CELLS = [
+    *fault_table.server_cells(),
+    *fault_table.client_cells(),
+    *fault_table.filter_cells(),
+]
+GROUPS = sorted({(cell.way, cell.impatient) for cell in CELLS})
+
+
+@pytest.mark.parametrize(("way", "impatient"), GROUPS)
+def test_peers_and_filters(
+    way: str, impatient: bool, proxsmtpd: StartDaemon, tmp_path: Path
+) -> None:
+    settings = IMPATIENT[way == "kept"] if impatient else PATIENT
+    with contextlib.closing(Theatre(proxsmtpd, way, tmp_path, settings)) as theatre:
+        before = theatre.daemon.peak_memory()
+        cells = (c for c in CELLS if (c.way, c.impatient) == (way, impatient))
+        theatre.play_all(cells, MANY if impatient or way == "kept" else FEW)
+        theatre.check_nothing_left()
+        assert theatre.daemon.peak_memory() - before < 32 * MEGABYTE
+
+
+# Moments that there are only where there is a filter.
+FILTERED = {"filter", "own-RSET", "NOOP", "filter-NOOP"}
+
+
+@pytest.mark.parametrize(
+    ("party", "steps", "whats"),
+    [
+        ("server", ["connect"], fault_table.CONNECT_FAULTS),
+        ("server", fault_table.SERVER_STEPS, fault_table.SERVER_FAULTS),
+        ("client", fault_table.CLIENT_STEPS, fault_table.CLIENT_FAULTS),
+    ],
+)
+def test_table_is_complete(
+    party: str, steps: Sequence[str], whats: Sequence[str]
+) -> None:
+    """Every fault at every moment, both with a filter and without one."""
+    cells = [cell for cell in CELLS if cell.party == party]
+    streamed = {(cell.when, cell.what) for cell in cells if cell.way == "stream"}
+    filtered = {(cell.when, cell.what) for cell in cells if cell.way != "stream"}
+    assert set(itertools.product(steps, whats)) <= filtered
+    assert set(itertools.product({*steps} - FILTERED, whats)) <= streamed
+
+
+# --- The machine ---
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A directory that every user can get at, with `temp` that all can write to."""
+    path = Path(tempfile.mkdtemp(prefix="proxsmtpd-test-"))
+    path.chmod(0o755)
+    (path / "temp").mkdir()
+    (path / "temp").chmod(0o1777)
+    yield path
+    shutil.rmtree(path)
+
+
+def idle_user() -> str:
+    """A user without processes, whom the system's limits hold for."""
+    busy = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(FileNotFoundError):  # It has ended meanwhile.
+            busy.add(process.stat().st_uid)
+    idle = [entry.pw_name for entry in pwd.getpwall() if entry.pw_uid not in busy]
+    # Another run of these tests shall choose somebody else.
+    return idle[os.getpid() % len(idle)]
+
+
+@contextlib.contextmanager
+def mounted(where: Path, size: str) -> Iterator[None]:
+    """A small file system there; when it ends, nothing of it may be in use."""
+    options = f"mode=1777,size={size}"
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(where)]
+    if subprocess.run(command, check=False).returncode:
+        pytest.skip("cannot mount")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(where)], check=True)
+
+
+@contextlib.contextmanager
+def missing(directory: Path, _pid: int) -> Iterator[None]:
+    """It is not there."""
+    away = directory.rename(directory.with_name("away"))
+    try:
+        yield
+    finally:
+        away.rename(directory)
+
+
+@contextlib.contextmanager
+def read_only(directory: Path, _pid: int) -> Iterator[None]:
+    """The daemon's user may not write there."""
+    mode = directory.stat().st_mode
+    directory.chmod(0o555)
+    try:
+        yield
+    finally:
+        directory.chmod(mode)
+
+
+@contextlib.contextmanager
+def full(directory: Path, _pid: int) -> Iterator[None]:
+    """Its file system has no block left."""
+    with mounted(directory, "64k"):
+        with contextlib.suppress(OSError):
+            (directory / FILLING).write_bytes(bytes(MEGABYTE))
+        yield
+
+
+@contextlib.contextmanager
+def small(directory: Path, _pid: int) -> Iterator[None]:
+    """Its file system is smaller than a long message."""
+    with mounted(directory, "2m"):
+        yield
+
+
+def limited(_directory: Path, pid: int) -> Condition:
+    """The process may not write more into one file."""
+    return limit(pid, resource.RLIMIT_FSIZE, MEGABYTE * 3 // 2)
+
+
+@contextlib.contextmanager
+def limit(pid: int, kind: int, number: int) -> Iterator[None]:
+    """A process that runs has another limit."""
+    soft, hard = resource.prlimit(pid, kind)
+    resource.prlimit(pid, kind, (number, hard))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # It has not survived this.
+            resource.prlimit(pid, kind, (soft, hard))
+
+
+FILLING = "filling"
+IS_ROOT = os.geteuid() == 0
+as_root = pytest.mark.skipif(not IS_ROOT, reason="needs root")
+DISK_FAULTS: Mapping[str, Callable[[Path, int], Condition]] = {
+    "missing": missing,
+    "read-only": read_only,
+    "full": full,
+    "small": small,
+    "limited": limited,
+}
+
+
+@pytest.mark.parametrize("way", ["pipe", "file", "stream"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        *("missing", "read-only", "limited"),
+        *(pytest.param(what, marks=as_root) for what in ("full", "small")),
+    ],
+)
+def test_disk(way: str, what: str, proxsmtpd: StartDaemon, place: Path) -> None:
+    settings = {**PATIENT, "TempDirectory": place / "temp"}
+    if IS_ROOT and what != "limited":  # which holds for root too
+        settings["User"] = idle_user()
+    with contextlib.closing(Theatre(proxsmtpd, way, place, settings)) as theatre:
+        for cell in fault_table.disk_cells():
+            if (cell.way, cell.what) == (way, what):
+                fault = DISK_FAULTS[what](place / "temp", theatre.pid)
+                theatre.play_while(fault, cell)
+        theatre.check_nothing_left()
+
+
+LIMIT_CELLS = list(fault_table.limit_cells())
+
+
+@pytest.mark.parametrize("way", ["pipe", "file", "stream"])
+def test_no_descriptors(way: str, proxsmtpd: StartDaemon, place: Path) -> None:
+    with contextlib.closing(Theatre(proxsmtpd, way, place, PATIENT)) as theatre:
+        for cell in LIMIT_CELLS:
+            if (cell.way, cell.what) == (way, "descriptors"):
+                number = below_which_are(int(cell.when), theatre.pid)
+                fault = limit(theatre.pid, resource.RLIMIT_NOFILE, number)
+                theatre.play_while(fault, cell)
+        theatre.check_nothing_left()
+
+
+def below_which_are(free: int, pid: int) -> int:
+    """The number below which a process has so many descriptors left."""
+    used = {int(number) for number in os.listdir(f"/proc/{pid}/fd")}
+    unused = (number for number in itertools.count() if number not in used)
+    return next(itertools.islice(unused, free, None))
+
+
+def test_no_descriptor_even_to_refuse(proxsmtpd: StartDaemon, place: Path) -> None:
+    """Then the client waits, and is served when there are some again."""
+    with contextlib.closing(Theatre(proxsmtpd, "pipe", place, PATIENT)) as theatre:
+        stage = Stage(Cell("pipe", "limit", "", "descriptors", "", "", 0), theatre)
+        with contextlib.closing(stage):
+            stage.start_server()
+            with limit(theatre.pid, resource.RLIMIT_NOFILE, 3):
+                client = stage.connect()
+                theatre.daemon.wait_log("couldn't accept a connection")
+            assert hear(client) == fault_table.REPLIES["hi"]
+            stage.recover()
+        theatre.check_nothing_left()
+
+
+@as_root
+@pytest.mark.parametrize("way", ["pipe", "file", "stream"])
+def test_no_processes(way: str, proxsmtpd: StartDaemon, place: Path) -> None:
+    """Sessions that do nothing take the processes that the daemon's user may have."""
+    settings = {**PATIENT, "User": idle_user(), "TempDirectory": place / "temp"}
+    spare = 3
+    theatre = Theatre(
+        *(proxsmtpd, way, place, settings),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NPROC, (1 + spare,) * 2),
+    )
+    with contextlib.closing(theatre):
+        for cell in LIMIT_CELLS:
+            if (cell.way, cell.what) == (way, "processes"):
+                fault = theatre.busy(spare - int(cell.when))
+                theatre.play_while(fault, cell)
+        theatre.check_nothing_left()
+
+
+@pytest.mark.parametrize("way", ["pipe", "file", "stream"])
+def test_no_memory(way: str, proxsmtpd: StartDaemon, place: Path) -> None:
+    """Whatever cannot be had any more, only that session ends."""
+    settings = {**PATIENT, "MaxConnections": 4}
+    with contextlib.closing(Theatre(proxsmtpd, way, place, settings)) as theatre:
+        for left in fault_table.MEMORY_LEFT:
+            theatre.play_starved(left * 1024)
+        theatre.check_nothing_left()

@@ -1,0 +1,249 @@
+"""One dialogue played to two programs: the C original and ours.
+
+Each program stands between the same client and the same scripted server, with the
+same configuration.  What the client hears, what the server sees and what the log
+says is written down as lines, so that two accounts can be compared line by line.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import shutil
+import socket
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from helpers import Daemon, Settings, settings_text, write_config
+from smtp import EXTENSIONS, ScriptedServer
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from smtp import Reply
+
+ORIGINAL = "/usr/sbin/proxsmtpd"
+
+# The addresses of the programs and of their servers.  No client's socket is ever bound
+# to these, so that a port that is free now is still free when somebody binds it.
+HOST, SERVER_HOST = "127.1.0.1", "127.1.0.2"
+
+# Seconds that a program may wait for a peer (its TimeOut), and after which a client
+# that still hears nothing gives up.  The first must end what the original lets hang.
+TIME_OUT = 3
+SILENCE = 8.0
+
+SIDES = ("client", "server", "log")
+
+# What differs from run to run, and the name that stands for it in an account.
+TIME = r"\d\d:\d\d:\d\d"
+VARIABLE = (
+    (r"^(proxsmtpd: )[0-9A-F]{6}: ", r"\1ID: "),
+    (r"\b(127\.[\d.]+):\d+", r"\1:PORT"),
+    (r"(XCLIENT .* PORT=)\d+", r"\1N"),
+    (r"PLACE/temp/[\w.-]+", "PLACE/temp/NAME"),
+    (r"\(pid \d+\)", "(pid N)"),
+    (rf"\w{{3}} \w{{3}} [\d ]\d {TIME} \d{{4}} [+-]\d{{4}} \(\w+\)", "CTIME"),
+    (rf"\w{{3}}, \d\d? \w{{3}} \d{{4}} {TIME} [+-]\d{{4}}", "RFC5322-DATE"),
+)
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """What the client says, and what stands around it.
+
+    Each of `turns` is sent with a CRLF behind it, and then one reply is awaited; for
+    None nothing is sent.  The greeting is awaited before the first.  `script`,
+    `greeting` and `extensions` are the server's, as ScriptedServer has them;
+    `program` is the text of a shell script that becomes the FilterCommand; with an
+    empty one there is none.
+    """
+
+    name: str
+    turns: Sequence[bytes | None]
+    program: str = "cat"
+    settings: Settings = field(default_factory=dict)
+    script: Mapping[str, Reply] = field(default_factory=dict)
+    greeting: bytes = b"220 sink.example\r\n"
+    extensions: Sequence[bytes] = EXTENSIONS
+
+
+@dataclass(frozen=True)
+class Account:
+    """What one program made of a dialogue, as lines; `faults` is how it misbehaved."""
+
+    client: tuple[str, ...]
+    server: tuple[str, ...]
+    log: tuple[str, ...]
+    faults: tuple[str, ...]
+
+
+def play(dialogue: Dialogue, command: Sequence[str]) -> Account:
+    """Start the program that `command` names, play the dialogue to it and end it."""
+    place = Path(tempfile.mkdtemp(prefix="differential-"))
+    try:
+        with ScriptedServer(
+            dialogue.script,
+            greeting=dialogue.greeting,
+            extensions=dialogue.extensions,
+            host=SERVER_HOST,
+        ) as server:
+            return _play(dialogue, command, place, server)
+    finally:
+        shutil.rmtree(place)
+
+
+def _play(
+    dialogue: Dialogue, command: Sequence[str], place: Path, server: ScriptedServer
+) -> Account:
+    daemon = _start(dialogue, command, place, server)
+    try:
+        daemon.wait_listening()
+        heard = converse(daemon.port, dialogue.turns)
+        _wait_closed(server)
+    finally:
+        faults = daemon.finish()
+    return Account(
+        client=tuple(heard),
+        server=tuple(constant(server_lines(server), place)),
+        log=tuple(constant(log_lines(daemon.log()), place)),
+        faults=tuple(faults),
+    )
+
+
+def _start(
+    dialogue: Dialogue, command: Sequence[str], place: Path, server: ScriptedServer
+) -> Daemon:
+    (place / "temp").mkdir()
+    defaults: dict[str, object] = {
+        "Listen": f"{HOST}:{next_port()}",
+        "OutAddress": server.address,
+        "TempDirectory": place / "temp",
+        "TimeOut": TIME_OUT,
+    }
+    if dialogue.program:
+        filter_program = place / "filter"
+        filter_program.write_text(f"#!/bin/sh\n{dialogue.program}\n")
+        filter_program.chmod(0o755)
+        defaults["FilterCommand"] = filter_program
+    config = place / "proxsmtpd.conf"
+    write_config(config, settings_text(dialogue.settings), **defaults)
+    whole = [*command, "-d", "3", "-f", str(config)]
+    environment = {"PATH": "/usr/bin:/bin", "LC_ALL": "C"}
+    address = str(defaults["Listen"])
+    return Daemon(whole, config, address, place / "temp", environment)
+
+
+def _wait_closed(server: ScriptedServer) -> None:
+    """Wait until the program has ended its connections, or will not."""
+    try:
+        server.wait_for(lambda: all(c.closed for c in server.connections), SILENCE)
+    except AssertionError:
+        return  # server_lines() says so.
+
+
+# Below the ports that connections get, and apart for test runs at the same time.
+_ports = itertools.count(20_000 + os.getpid() % 30 * 400)
+_ports_lock = threading.Lock()
+
+
+def next_port() -> int:
+    """A port that nobody has, and that this process never had before."""
+    while True:
+        with _ports_lock, socket.socket() as probe:
+            port = next(_ports)
+            try:
+                probe.bind((HOST, port))
+            except OSError:
+                continue
+            # A program that another thread starts now may hold a copy for a moment.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            return port
+
+
+def connect(port: int) -> socket.socket:
+    """Connect to a program, which must listen at last."""
+    deadline = time.monotonic() + SILENCE
+    while True:
+        try:
+            return socket.create_connection((HOST, port), SILENCE)
+        except ConnectionRefusedError:
+            # wait_listening() is content with the port of another address.
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+
+
+def converse(port: int, turns: Sequence[bytes | None]) -> list[str]:
+    """Say the turns to a port; give the lines that came back, and how it ended."""
+    heard: list[str] = []
+    with connect(port) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        replies = sock.makefile("rb")
+        try:
+            hear(replies, heard)
+            for turn in turns:
+                sock.sendall(b"" if turn is None else turn + b"\r\n")
+                hear(replies, heard)
+        except (EOFError, ConnectionError):
+            heard.append("(end)")
+        except socket.timeout:
+            heard.append("(silence)")
+    return heard
+
+
+def hear(replies: BinaryIO, heard: list[str]) -> None:
+    """Add the lines of one reply to `heard`; raises EOFError when there is none."""
+    more = True
+    while more:
+        line = replies.readline()
+        if not line:
+            raise EOFError
+        heard += printable(line)
+        more = bool(re.match(rb"\d{3}-", line))
+
+
+def printable(data: bytes) -> list[str]:
+    """Give the lines of octets as plain text, other octets as Python's escapes.
+
+    The usual CRLF at a line's end is not shown, any other line end is.
+    """
+    lines = [line.removesuffix(b"\r\n") for line in re.findall(rb"[^\n]*\n|.+", data)]
+    return [escape(line.decode("latin-1")) for line in lines]
+
+
+def escape(text: str) -> str:
+    """Give a text with Python's escapes for all that is not printable ASCII."""
+    return text.encode("unicode_escape").decode("ascii")
+
+
+def server_lines(server: ScriptedServer) -> list[str]:
+    """Give the lines that the server got, all its connections one after another."""
+    lines: list[str] = []
+    for connection in server.connections:
+        lines += printable(connection.received)
+        lines.append("(end)" if connection.closed else "(left open)")
+    return lines
+
+
+def log_lines(log: str) -> list[str]:
+    """Give the lines of a log as plain text.
+
+    Whether the original finds a filter's input closed before it has written all is
+    a matter of moments, so that line is left out.
+    """
+    lines = [escape(line) for line in log.split("\n")[:-1]]
+    return [line for line in lines if "filter command closed input early" not in line]
+
+
+def constant(lines: Sequence[str], place: Path) -> list[str]:
+    """Give the lines with a name for each thing that differs from run to run."""
+    text = "\n".join(lines).replace(str(place), "PLACE")
+    for pattern, name in VARIABLE:
+        text = re.sub(pattern, name, text, flags=re.MULTILINE)
+    return text.splitlines()

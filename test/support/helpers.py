@@ -1,0 +1,369 @@
+"""What the tests share: the real process, its configuration, ports and waiting.
+
+The program under test is the environment variable PROXSMTPD (a command line), or
+else `proxsmtpd.py` beside this directory.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import os
+import py_compile
+import re
+import select
+import shlex
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Callable, Union
+
+import pytest
+
+from smtp import RawClient, ScriptedServer
+
+PROGRAM = str(Path(__file__).resolve().parents[2] / "proxsmtpd.py")
+MARKER = "PROXSMTPD_TEST"
+TRACEBACK = "Traceback (most recent call last)"
+PATIENCE = 10.0
+
+Settings = Union[str, Mapping[str, object]]
+StartDaemon = Callable[..., "Daemon"]
+MakeServer = Callable[..., ScriptedServer]
+MakeFilter = Callable[[str], str]
+
+
+@functools.cache
+def compiled_program() -> str:
+    """The path of the program's byte code, which spares some 2,000 compilations."""
+    # Other users run it as well.
+    place = tempfile.mkdtemp(prefix="proxsmtpd-tests-", dir="/tmp")
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    Path(place).chmod(0o755)
+    path = py_compile.compile(PROGRAM, f"{place}/proxsmtpd.pyc", doraise=True)
+    return str(path)
+
+
+def program_under_test() -> list[str]:
+    """The command line of the program that the tests are about."""
+    given = os.environ.get("PROXSMTPD")
+    # The interpreter's options are those that `make install` writes.
+    return shlex.split(given) if given else [sys.executable, "-IS", compiled_program()]
+
+
+def requires(name: str, path: str) -> pytest.MarkDecorator:
+    """Mark a test that needs a program of another package.
+
+    It is skipped where the program is absent, and fails there when the environment
+    variable PROXSMTPD_REQUIRE_PEERS is set (as it is in CI).
+    """
+    return pytest.mark.requires_program(name, path)
+
+
+def reserve_port(host: str = "127.0.0.1") -> socket.socket:
+    """A socket that keeps a port for a daemon that is about to listen there.
+
+    Merely finding a free port would let another connection take it meanwhile.
+    """
+    holder = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    holder.bind((host, 0))
+    # Set only now: nobody else gets the port, but who binds it by number may.
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    return holder
+
+
+def port_of(sock: socket.socket) -> int:
+    """The port that a socket is bound to."""
+    port: int = sock.getsockname()[1]
+    return port
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port that nobody listens on now; see `reserve_port`."""
+    with reserve_port(host) as holder:
+        return port_of(holder)
+
+
+def poll(condition: Callable[[], object], timeout: float = PATIENCE) -> bool:
+    """Whether a condition comes true in time; for states that send no event."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+def marked_processes(mark: str) -> dict[int, str]:
+    """The live processes, and their names, that have the mark in the environment."""
+    found = {}
+    wanted = f"{MARKER}={mark}".encode()
+    for proc in Path("/proc").glob("[0-9]*"):
+        try:
+            if wanted in (proc / "environ").read_bytes().split(b"\0"):
+                found[int(proc.name)] = (proc / "comm").read_text().strip()
+        except OSError:
+            continue  # It has ended meanwhile, or is not ours.
+    return found
+
+
+def is_listening(address: str) -> bool:
+    """Whether somebody listens there, found out without connecting."""
+    if address.startswith("/"):
+        flag_and_path = re.compile(rf" 00010000 .* {re.escape(address)}$", re.M)
+        return bool(flag_and_path.search(Path("/proc/net/unix").read_text()))
+    host, _, port = address.rpartition(":")
+    local = f"(?:{in_proc(host.strip('[]'))}):{int(port):04X}"
+    listening = re.compile(rf"^\s*\d+: {local} [0-9A-F:]+ 0A ", re.M)
+    tables = [Path("/proc/net/tcp"), Path("/proc/net/tcp6")]
+    return any(t.exists() and listening.search(t.read_text()) for t in tables)
+
+
+def in_proc(host: str) -> str:
+    """A pattern for sockets that serve an address, as /proc has it in hexadecimal."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with contextlib.suppress(OSError):
+            packed = socket.inet_pton(family, host)
+            words = struct.unpack(f"{len(packed) // 4}I", packed)
+            return "".join(f"{word:08X}" for word in words) + "|0{8}|0{32}"
+    return "[0-9A-F]+"  # a name, or a port alone
+
+
+class Daemon:
+    """A running proxsmtpd in the foreground, with its log on standard error."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        config: Path,
+        address: str,
+        tempdir: Path,
+        env: Mapping[str, str],
+        **options: Any,
+    ) -> None:
+        self.config, self.address, self.tempdir = config, address, tempdir
+        self.mark = uuid.uuid4().hex
+        self._log = ""
+        self._unfinished = b""  # a line of the log
+        self._clients: list[RawClient] = []
+        self._changed = threading.Condition()
+        self._stopped = False
+        self.process: subprocess.Popen[bytes] = subprocess.Popen(
+            command,
+            env={**env, MARKER: self.mark},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            **options,
+        )
+        assert self.process.stderr is not None
+        self._stderr = self.process.stderr
+        os.set_blocking(self._stderr.fileno(), False)
+        self._reader = threading.Thread(target=self._read_log, daemon=True)
+        self._reader.start()
+
+    @property
+    def port(self) -> int:
+        """The port that it listens on."""
+        return int(self.address.rpartition(":")[2])
+
+    def log(self) -> str:
+        """All that it has written to standard error until now.
+
+        What it wrote before it gave a reply is in it once the reply is here.
+        """
+        with self._changed:
+            self._take_log()
+            return self._log
+
+    def wait_log(self, pattern: str, timeout: float = PATIENCE) -> re.Match[str]:
+        """The first match (of several lines' mode) in the log, once it is there."""
+        expression = re.compile(pattern, re.M)
+        with self._changed:
+            self._changed.wait_for(lambda: expression.search(self._log), timeout)
+            found = expression.search(self._log)
+        assert found, f"no {pattern!r} within {timeout} s in this log:\n{self._log}"
+        return found
+
+    def wait_listening(self) -> None:
+        """Return once it listens; fails when it ends instead."""
+        up = poll(lambda: self.process.poll() is not None or is_listening(self.address))
+        if self.process.poll() is not None:
+            self._reader.join(PATIENCE)
+            pytest.fail(f"ended with {self.process.returncode}:\n{self.log()}")
+        assert up, f"does not listen on {self.address}:\n{self.log()}"
+
+    def connect(self, timeout: float = PATIENCE, source: Any = None) -> RawClient:
+        """A new client's connection to it, closed at the end of the test."""
+        client = RawClient(self.address, timeout, source)
+        self._clients.append(client)
+        return client
+
+    def stop(self, how: int = signal.SIGTERM, timeout: float = PATIENCE) -> int:
+        """Send it a signal and return its exit status."""
+        self.process.send_signal(how)
+        return self.wait(timeout)
+
+    def wait(self, timeout: float = PATIENCE) -> int:
+        """Return its exit status once it has ended, with the whole log read."""
+        self._stopped = True
+        try:
+            status = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still runs; its log:\n{self.log()}") from None
+        self._reader.join(PATIENCE)
+        return status
+
+    def peak_memory(self) -> int:
+        """The most memory, in octets, that the process has had until now."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.findall(r"^VmHWM:\s*(\d+) kB$", status, re.M)[0]) * 1024
+
+    def finish(self) -> list[str]:
+        """End it if it still runs; returns what is wrong with how it has lived."""
+        wrong = []
+        for client in self._clients:
+            client.close()
+        if self.process.poll() is not None and not self._stopped:
+            wrong.append(f"it ended by itself with {self.process.returncode}")
+        wrong += self._end()
+        if TRACEBACK in self.log():
+            wrong.append("it printed a traceback")
+        wrong += [f"it left {path}" for path in self.tempdir.glob("*")]
+        return wrong + self._end_children()
+
+    def _end(self) -> list[str]:
+        if self.process.poll() is not None:
+            return []
+        try:
+            self.stop()
+            return []
+        except AssertionError:
+            self.process.kill()
+            self.process.wait()
+            return ["it did not end at SIGTERM"]
+
+    def _end_children(self) -> list[str]:
+        left = marked_processes(self.mark)
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+        return [f"it left the process {pid} ({name})" for pid, name in left.items()]
+
+    def _read_log(self) -> None:
+        poller = select.poll()
+        poller.register(self._stderr, select.POLLIN)
+        more = True
+        while more:
+            poller.poll()
+            with self._changed:
+                more = self._take_log()
+                self._changed.notify_all()
+
+    def _take_log(self) -> bool:
+        """Take what there is of the log; False at its end."""
+        if self._stderr.closed:
+            return False
+        try:
+            while octets := os.read(self._stderr.fileno(), 1 << 20):
+                whole, newline, self._unfinished = (
+                    self._unfinished + octets
+                ).rpartition(b"\n")
+                self._log += (whole + newline).decode("utf-8", "backslashreplace")
+        except BlockingIOError:
+            return True
+        self._stderr.close()
+        return False
+
+
+def settings_text(settings: Settings) -> str:
+    """Settings as the lines of a configuration file."""
+    if isinstance(settings, str):
+        return settings if settings.endswith("\n") or not settings else settings + "\n"
+    return "".join(f"{name}: {value}\n" for name, value in settings.items())
+
+
+def has_setting(text: str, name: str) -> bool:
+    """Whether a configuration sets this name."""
+    return bool(re.search(rf"^\s*{name}\s*:", text, re.M | re.I))
+
+
+def setting(text: str, name: str) -> str:
+    """The last value that a configuration gives to this name."""
+    return str(re.findall(rf"^\s*{name}\s*:\s*(.*?)\s*$", text, re.M | re.I)[-1])
+
+
+def write_config(path: Path, text: str, **defaults: object) -> str:
+    """Write a configuration file, with the defaults not set in it; returns it."""
+    missing = {k: v for k, v in defaults.items() if not has_setting(text, k)}
+    text = settings_text(missing) + text
+    path.write_bytes(os.fsencode(text))
+    return text
+
+
+class DaemonFactory:
+    """Starts daemons and, at the end, says what is wrong with any of them."""
+
+    def __init__(self, place: Path, server: ScriptedServer) -> None:
+        self._place, self._server = place, server
+        self._daemons: list[Daemon] = []
+        self._holders: list[socket.socket] = []
+
+    def __call__(
+        self,
+        settings: Settings = "",
+        *,
+        level: int = 4,
+        args: Sequence[object] = (),
+        env: Mapping[str, str] | None = None,
+        server: ScriptedServer | None = None,
+        program: Sequence[str] | None = None,
+        wait: bool = True,
+        **options: Any,
+    ) -> Daemon:
+        """A running daemon; `options` are for its Popen."""
+        config = self._place / f"proxsmtpd-{len(self._daemons)}" / "proxsmtpd.conf"
+        text = self._configure(config, settings_text(settings), server or self._server)
+        command = [*(program or program_under_test()), "-d", level, "-f", config, *args]
+        daemon = Daemon(
+            [str(word) for word in command],
+            config,
+            setting(text, "Listen"),
+            Path(setting(text, "TempDirectory")),
+            {**os.environ, **(env or {})},
+            **options,
+        )
+        self._daemons.append(daemon)
+        if wait:
+            daemon.wait_listening()
+        return daemon
+
+    def _configure(self, config: Path, text: str, server: ScriptedServer) -> str:
+        """Write a configuration file, with what is not set in `text` added."""
+        temporary = config.parent / "temp"
+        temporary.mkdir(parents=True)
+        self._holders.append(reserve_port())
+        defaults: dict[str, object] = {
+            "Listen": f"127.0.0.1:{port_of(self._holders[-1])}",
+            "TempDirectory": temporary,
+        }
+        if not has_setting(text, "TransparentProxy"):
+            defaults["OutAddress"] = server.address
+        return write_config(config, text, **defaults)
+
+    def finish(self) -> None:
+        """End all daemons; an AssertionError if one has lived or ended badly."""
+        wrong = [(daemon, daemon.finish()) for daemon in self._daemons]
+        for holder in self._holders:
+            holder.close()
+        for daemon, problems in wrong:
+            assert not problems, f"{'; '.join(problems)}; its log:\n{daemon.log()}"

@@ -1,0 +1,832 @@
+"""Manuals, sample, README and NEWS say what the program does.
+
+Names, defaults, variables, log words, replies and options are compared with the
+program's own tables, and every configuration and filter in the documents is run.
+"""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import itertools
+import os
+import re
+import shlex
+import smtplib
+import socket
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+import pytest
+
+import proxsmtpd as program
+from haproxy import HAPROXY, LISTEN
+from helpers import (
+    MakeFilter,
+    StartDaemon,
+    port_of,
+    program_under_test,
+    requires,
+    reserve_port,
+)
+from postfix import POSTFIX, PrivatePostfix, Service, smtpd
+from smtp import ScriptedServer
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = ("proxsmtpd.8", "proxsmtpd.conf.5", "README", "proxsmtpd.conf.sample")
+SETTING_NAMES = {setting.name for setting in program.SETTINGS}
+DEFAULTS = {setting.name: setting.default for setting in program.SETTINGS}
+MESSAGE = b"From: a@example.com\r\nSubject: Hello\r\n\r\nSubject: not a header\r\n"
+
+
+def read(name: str) -> str:
+    """A document's text."""
+    return (ROOT / name).read_text()
+
+
+def rendered(text: str) -> str:
+    r"""mdoc source as plain text: without macros, quotation marks and escapes."""
+    lines = []
+    for line in text.splitlines():
+        if line.startswith('.\\"'):
+            continue
+        words = line.split()
+        if line.startswith("."):
+            words = [w for w in words[1:] if not re.fullmatch("[A-Z][a-z]", w)]
+        lines.append(" ".join(words))
+    return unescaped(" ".join(lines)).replace('"', "")
+
+
+def unescaped(text: str) -> str:
+    r"""mdoc's escapes resolved: ``\e``, ``\&``, ``\(dq`` and ``\(ga``."""
+    for escape, meaning in {"\\&": "", "\\(dq": '"', "\\(ga": "`", "\\e": "\\"}.items():
+        text = text.replace(escape, meaning)
+    return text
+
+
+def section(name: str, title: str) -> str:
+    """The source of one section of a manual."""
+    found = re.search(
+        rf'^\.S[hs] "?{re.escape(title)}"?\n(.*?)(?=^\.S[hs] |\Z)',
+        read(name),
+        re.M | re.S,
+    )
+    assert found, f"{name} has no section {title}"
+    return found[1]
+
+
+def items(source: str, macro: str) -> list[str]:
+    """The first arguments of a list's items, for items that begin with a macro."""
+    found = re.findall(rf'^\.It {macro} (?:"(.+?)"|(\S+))', source, re.M)
+    return [quoted or plain for quoted, plain in found]
+
+
+def literal_blocks(name: str) -> list[str]:
+    """The literal displays of a document, unindented: mdoc's, or indented text."""
+    text = read(name)
+    if name == "README":
+        blocks = re.findall(r"(?:^ {4}.*\n)+", text, re.M)
+        return [textwrap.dedent(block) for block in blocks]
+    found = re.findall(r"^\.Bd -literal.*?\n(.*?)^\.Ed", text, re.M | re.S)
+    return [unescaped(block) for block in found]
+
+
+def is_configuration(block: str) -> bool:
+    """Whether a literal block is a configuration of proxsmtpd."""
+    lines = [ln for ln in block.splitlines() if ln and not ln.startswith("#")]
+    return bool(lines) and all(
+        re.match(r"([A-Za-z]+):", ln) and ln.split(":")[0] in SETTING_NAMES
+        for ln in lines
+    )
+
+
+def configurations(name: str) -> list[str]:
+    """A document's example configurations; one without OutAddress gets one."""
+    if name.endswith(".sample"):
+        return [read(name)]
+    return [
+        block if "OutAddress:" in block else f"OutAddress: 10026\n{block}"
+        for block in literal_blocks(name)
+        if is_configuration(block)
+    ]
+
+
+def scripts(name: str) -> list[str]:
+    """What stands in a document as whole scripts."""
+    return [block for block in literal_blocks(name) if block.startswith("#!")]
+
+
+def run_program(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "proxsmtpd.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def uncommented(sample: str) -> str:
+    """The sample with its settings in force, as if each line's # was taken off."""
+    return re.sub(r"^#(?=[A-Za-z]+: )", "", sample, flags=re.M)
+
+
+# --- Settings ---
+
+
+def test_manual_has_each_setting_once_in_alphabetical_order() -> None:
+    names = items(section("proxsmtpd.conf.5", "SETTINGS"), "Cm")
+    assert names == sorted(SETTING_NAMES)
+
+
+@pytest.mark.parametrize("name", sorted(SETTING_NAMES))
+def test_manual_says_each_default_last(name: str) -> None:
+    entry = re.search(
+        rf"^\.It Cm {name} :.*?(?=^\.It Cm |^\.El\n\.Pp\nWhere)",
+        section("proxsmtpd.conf.5", "SETTINGS"),
+        re.M | re.S,
+    )
+    assert entry
+    sentences = re.split(r"(?<=[.:]) (?=[A-Z])", rendered(entry[0]))
+    default = DEFAULTS[name] or "none"
+    assert re.match(rf"The default is {re.escape(default)}( ?\.|, )", sentences[-1])
+
+
+@pytest.mark.parametrize("name", sorted(SETTING_NAMES))
+def test_sample_has_each_setting_with_its_default(name: str) -> None:
+    shown = re.findall(rf"^#?{name}: (.*)$", read("proxsmtpd.conf.sample"), re.M)
+    assert shown, f"the sample does not have {name}"
+    assert shown[0] == DEFAULTS[name] or not DEFAULTS[name]
+
+
+def test_sample_has_no_other_settings() -> None:
+    shown = re.findall(r"^#?([A-Za-z]+): ", read("proxsmtpd.conf.sample"), re.M)
+    assert set(shown) == SETTING_NAMES
+
+
+def test_sample_says_no_more_than_what_is_required() -> None:
+    assert re.findall(r"^[^#\s].*", read("proxsmtpd.conf.sample"), re.M) == [
+        "OutAddress: 10026"
+    ]
+
+
+# --- Configurations and filters ---
+
+
+def test_documents_have_the_examples_that_these_tests_are_about() -> None:
+    assert {name: len(configurations(name)) for name in DOCUMENTS} == {
+        "proxsmtpd.8": 4,
+        "proxsmtpd.conf.5": 5,
+        "README": 1,
+        "proxsmtpd.conf.sample": 1,
+    }
+
+
+def check(text: str, directory: Path) -> tuple[int, str]:
+    """What the program says of a configuration: exit status and output."""
+    config = directory / "proxsmtpd.conf"
+    config.write_text(text)
+    result = run_program("-t", "-f", str(config))
+    return result.returncode, result.stdout
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_example_configurations_are_right(name: str, tmp_path: Path) -> None:
+    for text in configurations(name):
+        assert check(text, tmp_path) == (0, "configuration is OK\n"), text
+
+
+def test_sample_is_right_with_every_line_in_force(tmp_path: Path) -> None:
+    text = uncommented(read("proxsmtpd.conf.sample"))
+    assert check(text, tmp_path) == (0, "configuration is OK\n")
+
+
+def run_script(text: str, directory: Path, **env: str) -> tuple[int, bytes, bytes]:
+    """Run a filter on MESSAGE; returns exit status, output and error output."""
+    script = directory / "script"
+    script.write_text(text)
+    script.chmod(0o755)
+    result = subprocess.run(
+        [str(script)],
+        input=env.pop("message", MESSAGE.decode()).encode(),
+        capture_output=True,
+        env={"PATH": os.environ["PATH"], "SENDER": "a@example.com", **env},
+        check=False,
+    )
+    return result.returncode, result.stdout, result.stderr
+
+
+def script_with(name: str, words: str) -> str:
+    """The one script of a document that contains these words."""
+    (script,) = (text for text in scripts(name) if words in text)
+    return script
+
+
+def test_one_line_filter_of_the_manual_marks_the_subject_only(tmp_path: Path) -> None:
+    (command,) = (
+        text.partition(": ")[2]
+        for text in literal_blocks("proxsmtpd.8")
+        if text.startswith("FilterCommand: sed")
+    )
+    assert run_script(f"#!/bin/sh\n{command}", tmp_path) == (
+        0,
+        MESSAGE.replace(b"Subject: Hello", b"Subject: [list] Hello"),
+        b"",
+    )
+
+
+@pytest.mark.parametrize(
+    ("scanner_says", "verdict"),
+    [
+        (0, (0, b"", b"")),
+        (1, (1, b"", b"550 5.7.1 This message contains a virus\n")),
+        (2, (1, b"", b"451 4.3.0 The virus scanner is not available\n")),
+        (127, (1, b"", b"451 4.3.0 The virus scanner is not available\n")),
+    ],
+)
+def test_virus_filter_of_the_manual(
+    scanner_says: int, verdict: tuple[int, bytes, bytes], tmp_path: Path
+) -> None:
+    scanner = tmp_path / "clamdscan"
+    scanner.write_text(f"#!/bin/sh\nexit {scanner_says}\n")
+    scanner.chmod(0o755)
+    script = script_with("proxsmtpd.8", "clamdscan")
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    assert run_script(script, tmp_path, PATH=path, EMAIL="message") == verdict
+
+
+def attachment(parameters: str, kind: str = "application/octet-stream") -> str:
+    """A message with an attachment whose Content-Disposition has these parameters."""
+    return (
+        "Subject: x\r\nMIME-Version: 1.0\r\nContent-Type: multipart/mixed; "
+        f'boundary="b"\r\n\r\n--b\r\nContent-Type: {kind}\r\n'
+        f"Content-Disposition: attachment; {parameters}\r\n\r\nx\r\n--b--\r\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["letter.pdf", "exe", "caf\u00e9.txt", "exe.", ""])
+def test_attachment_filter_of_the_manual_passes(name: str, tmp_path: Path) -> None:
+    script = script_with("proxsmtpd.8", "FORBIDDEN")
+    message = attachment(f'filename="{name}"')
+    assert run_script(script, tmp_path, message=message) == (0, message.encode(), b"")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        *(attachment(f'filename="{n}"') for n in ("a.exe", "A.VBS", "caf\u00e9.js")),
+        attachment('filename="evil.exe. ."'),
+        attachment('filename="=?utf-8?Q?evil=2Eexe?="'),
+        attachment('filename="=?utf-8?B?ZXZpbC5leGU=?="'),
+        attachment("filename*=utf-8''evil%2Eexe"),
+        attachment('filename*0="evil."; filename*1="exe"'),
+        attachment('filename="a.txt"', 'application/x; name="evil.exe"'),
+        attachment(
+            'filename="a.txt"\r\nContent-Disposition: attachment; filename="evil.exe"'
+        ),
+    ],
+)
+def test_attachment_filter_of_the_manual_refuses(message: str, tmp_path: Path) -> None:
+    script = script_with("proxsmtpd.8", "FORBIDDEN")
+    refusal = b"550 5.7.1 Programs are not accepted by mail\n"
+    assert run_script(script, tmp_path, message=message) == (1, b"", refusal)
+
+
+UNWANTED = "/usr/local/etc/unwanted"
+
+
+@pytest.mark.parametrize(
+    ("sender", "verdict"),
+    [
+        ("a@example.com", (0, MESSAGE, b"")),
+        ("-v@example.com", (0, MESSAGE, b"")),
+        ("$(touch x)`touch x`@example.com", (0, MESSAGE, b"")),
+        ("Ads@Example.com", (1, b"", b"250 2.0.0 Ok\n")),
+        ('"ads"@example.com', (1, b"", b"250 2.0.0 Ok\n")),
+        (r'"a\ds"@example.com', (1, b"", b"250 2.0.0 Ok\n")),
+        ("more-ads@example.com", (0, MESSAGE, b"")),
+    ],
+)
+def test_dropping_filter_of_the_manual(
+    sender: str, verdict: tuple[int, bytes, bytes], tmp_path: Path
+) -> None:
+    unwanted = tmp_path / "unwanted"
+    unwanted.write_text("ads@example.com\n")
+    script = script_with("proxsmtpd.8", UNWANTED).replace(UNWANTED, str(unwanted))
+    assert run_script(script, tmp_path, SENDER=sender) == verdict
+
+
+def test_dropping_filter_of_the_manual_without_its_list(tmp_path: Path) -> None:
+    """Mail waits, and does not pass, until there is one."""
+    script = script_with("proxsmtpd.8", UNWANTED).replace(UNWANTED, "/nowhere/list")
+    status, output, errors = run_script(script, tmp_path, SENDER="ads@example.com")
+    assert (status, output) == (1, b"")
+    assert errors.endswith(b"451 4.3.0 The list of senders cannot be read\n")
+
+
+@pytest.mark.parametrize(
+    ("sender", "verdict"),
+    [
+        (
+            "a@example.com",
+            (0, MESSAGE.replace(b"Subject: H", b"Subject: [filtered] H"), b""),
+        ),
+        ("a@spam.example", (1, b"", b"550 5.7.1 No, thanks\n")),
+    ],
+)
+def test_first_filter_of_the_readme(
+    sender: str, verdict: tuple[int, bytes, bytes], tmp_path: Path
+) -> None:
+    script = script_with("README", "#!/bin/sh")
+    assert len(script.splitlines()) <= 5
+    assert run_script(script, tmp_path, SENDER=sender) == verdict
+
+
+# --- Postfix ---
+
+PORTS = ("10025", "10026")  # of proxsmtpd, and of Postfix behind it
+POSTFIX_EXAMPLES = ("Postfix, after the queue", "Postfix, before the queue")
+MARKING = """\
+if [ "$SENDER" = mallory@example.com ]; then
+    echo '550 5.7.1 We do not like you' >&2; exit 1
+fi
+printf 'X-Filter-Remote: %s %s\\r\\n' "$REMOTE" "$REMOTE_HELO"
+exec cat
+"""
+
+
+@dataclass(frozen=True)
+class Quoted(Service):
+    """A service of master.cf as it stands in a document."""
+
+    text: str = ""
+
+    def entry(self) -> str:
+        return self.text
+
+
+def quoted_services(text: str) -> list[Service]:
+    """The services in a piece of master.cf."""
+    entries = re.findall(r"^\S.*\n(?:[ \t]+.*\n)*", text, re.M)
+    return [Quoted(e.split()[0], e.split()[1], "", text=e) for e in entries]
+
+
+def postfix_example(title: str, ports: Mapping[str, str]) -> dict[str, str]:
+    """The parts of a Postfix example, with the ports of a test in them.
+
+    They are the configuration of proxsmtpd, main.cf (maybe empty) and master.cf.
+    """
+    blocks = re.findall(
+        r"^\.Bd -literal.*?\n(.*?)^\.Ed", section("proxsmtpd.8", title), re.M | re.S
+    )
+    for port, of_test in ports.items():
+        blocks = [block.replace(port, of_test) for block in blocks]
+    return {"proxsmtpd": blocks[0], "main": "".join(blocks[1:-1]), "master": blocks[-1]}
+
+
+@contextmanager
+def postfix_of(example: Mapping[str, str], entrance: int) -> Iterator[PrivatePostfix]:
+    """A Postfix that is set up as the example says, with its port 25 elsewhere."""
+    master = re.sub(r"^smtp ", f"127.0.0.1:{entrance} ", example["master"], flags=re.M)
+    services = quoted_services(master)
+    if master == example["master"]:
+        services.append(smtpd(entrance))
+    main = dict(re.findall(r"^(\S+) = (.*)$", example["main"], re.M))
+    with PrivatePostfix(services, main) as postfix:
+        yield postfix
+
+
+def test_readme_sets_postfix_up_as_the_manual_does() -> None:
+    part = read("README").partition("WITH POSTFIX")[2].partition("\n\n\n")[0]
+    lines = [line.strip() for line in part.splitlines() if line.startswith("    ")]
+    manual = section("proxsmtpd.8", POSTFIX_EXAMPLES[0]).splitlines()
+    assert len(lines) > 10
+    assert set(lines) <= {line.strip() for line in manual}
+
+
+@requires("postfix", POSTFIX)
+@pytest.mark.parametrize("title", POSTFIX_EXAMPLES)
+def test_postfix_example_of_the_manual_filters(
+    title: str, proxsmtpd: StartDaemon, filter_script: MakeFilter
+) -> None:
+    """Mail goes through, the filter knows the client, and can refuse."""
+    with ExitStack() as held:
+        free = [port_of(held.enter_context(reserve_port())) for _ in range(3)]
+        check_postfix_example(title, free, proxsmtpd, filter_script)
+
+
+def check_postfix_example(
+    title: str,
+    free_ports: Sequence[int],
+    proxsmtpd: StartDaemon,
+    filter_script: MakeFilter,
+) -> None:
+    """Send one message that the filter passes, and one that it refuses."""
+    entrance = free_ports[0]
+    example = postfix_example(title, dict(zip(PORTS, map(str, free_ports[1:]))))
+    settings = example["proxsmtpd"].replace(
+        "/usr/local/libexec/filter", filter_script(MARKING)
+    )
+    proxsmtpd(settings)
+    with postfix_of(example, entrance) as postfix:
+        with smtplib.SMTP("127.0.0.1", entrance, "client.example") as client:
+            client.sendmail("a@example.com", ["b@example.net"], MESSAGE)
+        (mail,) = postfix.wait_mails(1)
+        assert mail.header("X-Filter-Remote") == "127.0.0.1 client.example"
+        assert mail.body == b"Subject: not a header\n"
+        assert_refused(title, postfix, entrance)
+
+
+def assert_refused(title: str, postfix: PrivatePostfix, entrance: int) -> None:
+    """A message that the filter refuses: told to the client, or bounced."""
+    refusal = "550 5.7.1 We do not like you"
+    with smtplib.SMTP("127.0.0.1", entrance, "client.example") as client:
+        client.ehlo()
+        client.mail("mallory@example.com")
+        client.rcpt("b@example.net")
+        code, text = client.data(MESSAGE)
+    if "before" in title:
+        assert f"{code} {text.decode()}" == refusal
+    else:
+        assert code == 250
+        bounce = next(m for m in postfix.wait_mails(2) if m.sender == "<>")
+        assert refusal.encode() in b" ".join(bounce.body.split())
+
+
+def test_postfix_waits_for_longer_than_all_that_is_behind_it() -> None:
+    """The whole run of the filter, and the server's answers to DATA and message."""
+    example = postfix_example("Postfix, before the queue", {})
+    limits = r"timeout -s KILL (\d+) |^TimeOut: (\d+)|smtpd_proxy_timeout=(\d+)s"
+    found = re.findall(limits, "".join(example.values()), re.M)
+    run, answer, patience = (int("".join(groups)) for groups in found)
+    assert run + 2 * answer < patience
+
+
+@pytest.mark.parametrize(
+    ("options", "reply"),
+    [("-s KILL ", (451, b"Local Error")), ("", (550, b"Content Rejected"))],
+)
+def test_timeout_has_mail_tried_again_with_sigkill_only(
+    options: str, reply: tuple[int, bytes], proxsmtpd: StartDaemon
+) -> None:
+    daemon = proxsmtpd(f"FilterCommand: timeout {options}0.1 sleep 60")
+    with smtplib.SMTP("127.0.0.1", daemon.port, "client.example") as client:
+        client.ehlo()
+        client.mail("a@example.com")
+        client.rcpt("b@example.net")
+        assert client.data(MESSAGE) == reply
+
+
+# --- HAProxy, init script, systemd ---
+
+
+def test_haproxy_section_of_the_manual_is_the_one_that_is_tested() -> None:
+    (block,) = (b for b in literal_blocks("proxsmtpd.8") if b.startswith("listen "))
+    assert block.startswith(LISTEN)
+    machines = block[len(LISTEN) :].splitlines()
+    assert len(machines) == 2
+    assert all(re.fullmatch(r"    server \w+ [0-9.]+:10025", m) for m in machines)
+
+
+@requires("haproxy", HAPROXY)
+def test_haproxy_takes_the_section_of_the_manual(tmp_path: Path) -> None:
+    (block,) = (b for b in literal_blocks("proxsmtpd.8") if b.startswith("listen "))
+    config = tmp_path / "haproxy.cfg"
+    config.write_text(block)
+    subprocess.run([HAPROXY, "-q", "-c", "-f", config], check=True)
+
+
+@requires("dpkg", "/sbin/start-stop-daemon")
+def test_init_script_of_the_manual(tmp_path: Path, server: ScriptedServer) -> None:
+    """Each action does what it should, with the exit status that LSB gives it."""
+    daemon, config, script = (tmp_path / name for name in ("daemon", "config", "init"))
+    paths = {
+        "/usr/local/sbin/proxsmtpd": daemon,
+        program.CONFIG_FILE: config,
+        "/run/proxsmtpd.pid": tmp_path / "pid",
+    }
+    with reserve_port() as holder:
+        listen = f"127.0.0.1:{port_of(holder)}"
+        # As this user it may empty its pid file, and not remove it.
+        user = "" if os.geteuid() else "User: nobody\n"
+        config.write_text(f"Listen: {listen}\nOutAddress: {server.address}\n{user}")
+        daemon.write_text(f'#!/bin/sh\nexec {shlex.join(program_under_test())} "$@"\n')
+        text = script_with("proxsmtpd.8", "BEGIN INIT INFO")
+        for path, ours in paths.items():
+            text = text.replace(path, str(ours))
+        script.write_text(text)
+        for executable in (daemon, script):
+            executable.chmod(0o755)
+        try:
+            check_init_script(script, holder)
+        finally:
+            subprocess.run([script, "stop"], check=True)
+
+
+def check_init_script(script: Path, holder: socket.socket) -> None:
+    running, stopped = 0, 3
+
+    def act(action: str) -> int:
+        return subprocess.run([script, action], check=False).returncode
+
+    assert act("status") == stopped
+    for action in ("start", "start", "restart", "force-reload"):
+        assert act(action) == 0
+        assert act("status") == running
+        with smtplib.SMTP("127.0.0.1", port_of(holder)) as client:
+            assert client.noop()[0] == 250
+    for _ in range(2):
+        assert act("stop") == 0
+        assert act("status") == stopped
+    assert act("walk") == 2
+
+
+def units() -> list[str]:
+    """The systemd units in the manual: two whole ones, and a part of one."""
+    blocks = literal_blocks("proxsmtpd.8")
+    return [block for block in blocks if re.match(r"\[(Unit|Service)\]\n", block)]
+
+
+@pytest.mark.parametrize("unit", units())
+def test_unit_of_the_manual_starts_the_program(unit: str) -> None:
+    """In the way that its Type is about, and with no line twice."""
+    parser = configparser.ConfigParser(interpolation=None)
+    parser.read_string(unit)
+    service = parser["Service"]
+    command, *arguments = service["ExecStart"].split()
+    assert command == "/usr/local/sbin/proxsmtpd"
+    options = program.parse_options(arguments)
+    if service["Type"] == "forking":
+        assert options.debug_level is None
+        assert options.pid_file == service["PIDFile"]
+    else:
+        assert service["Type"] == "notify"
+        assert options.debug_level == 3
+
+
+@requires("systemd", "/usr/bin/systemd-analyze")
+def test_systemd_knows_every_line_of_the_units(tmp_path: Path) -> None:
+    assert len(units()) == 3
+    files = [str(tmp_path / f"proxsmtpd{n}.service") for n in range(len(units()))]
+    for file, unit in zip(files, units()):
+        Path(file).write_text(unit.replace("/usr/local/sbin/proxsmtpd", "/bin/true"))
+    command = ["systemd-analyze", "verify", "--man=no", *files]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert [ln for ln in result.stderr.splitlines() if str(tmp_path) in ln] == []
+
+
+# --- The filter's contract, the log, the command line ---
+
+
+def test_manual_has_each_variable_of_the_filter() -> None:
+    names = items(section("proxsmtpd.8", "Environment"), "Ev")
+    assert sorted(names) == sorted(n.decode() for n in program.FILTER_VARIABLES)
+
+
+def test_manual_has_each_status_of_the_log() -> None:
+    names = items(section("proxsmtpd.8", "LOGGING"), "Cm")
+    fields = ["client", "from", "to", "status"]
+    assert [n for n in names if n in fields] == fields
+    assert {n for n in names if n not in fields} == {s.value for s in program.Status}
+
+
+@pytest.mark.parametrize(
+    "reply", [program.LOCAL_ERROR.text, program.CONTENT_REJECTED.decode()]
+)
+def test_manual_quotes_the_replies_of_the_verdict(reply: str) -> None:
+    assert reply in rendered(section("proxsmtpd.8", "Verdict"))
+
+
+def replies_of_the_program() -> list[str]:
+    """All the replies that stand at the top of the module."""
+    texts = (value for name, value in vars(program).items() if name.isupper())
+    lines = (
+        program.to_text(text).rstrip("\r\n") if isinstance(text, bytes) else str(text)
+        for text in texts
+    )
+    return sorted(line for line in lines if re.fullmatch(r"[2-5]\d\d .+", line))
+
+
+def test_manual_has_each_reply_of_the_program() -> None:
+    entries = re.findall(r"^\.It (.*)", section("proxsmtpd.8", "REPLIES"), re.M)
+    assert sorted(e.replace(r"\&", "") for e in entries) == replies_of_the_program()
+
+
+def test_manual_names_each_removed_service_extension() -> None:
+    text = section("proxsmtpd.8", "THE PATH OF A MESSAGE")
+    removed = {name.decode() for name in program.REMOVED_EXTENSIONS}
+    for name in removed - {"PIPE_CONNECT", "X_PIPE_CONNECT"}:  # older spellings
+        assert re.search(rf"\b{name}\b", text), name
+
+
+def test_usage_and_manual_have_the_same_options() -> None:
+    usage = run_program("-?").stderr
+    synopsis = section("proxsmtpd.8", "SYNOPSIS")
+    described = items(section("proxsmtpd.8", "DESCRIPTION"), "Fl")
+    in_usage = re.findall(r"-([a-z])\b", usage)
+    assert sorted(set(in_usage)) == sorted(described)
+    assert re.findall(r"Fl ([a-z])", synopsis) == in_usage
+
+
+def test_version_is_the_same_everywhere() -> None:
+    shown = run_program("-v").stdout.splitlines()[0]
+    assert shown == f"proxsmtpd (version {program.VERSION})"
+    assert re.findall(r"^\d+\.\d+\S*$", read("NEWS"), re.M)[0] == program.VERSION
+    assert f"This is version {program.VERSION}," in read("proxsmtpd.8")
+    assert read("README").splitlines()[0] == f"proxsmtpd {program.VERSION}"
+
+
+def test_default_configuration_file_is_the_same_everywhere() -> None:
+    for name in ("proxsmtpd.8", "proxsmtpd.conf.5"):
+        assert f".It Pa {program.CONFIG_FILE}\n" in section(name, "FILES")
+
+
+def test_readme_names_two_commands_to_try() -> None:
+    """The demonstration first, the tests second, and no third."""
+    part = read("README").partition("TRY IT")[2].partition("\n\n\n")[0]
+    assert re.findall(r"make \w+", part) == ["make demo", "make check"]
+
+
+def test_manuals_refer_to_sections_that_exist() -> None:
+    """As `section` sees to."""
+    for name in ("proxsmtpd.8", "proxsmtpd.conf.5"):
+        for title in re.findall(r"^\.Sx (.*?)(?: [.,;])?$", read(name), re.M):
+            section(name, title)
+    elsewhere = re.findall(r"Xr proxsmtpd 8 ,\n([A-Z ]+)\.", read("proxsmtpd.conf.5"))
+    assert elsewhere
+    for title in elsewhere:
+        section("proxsmtpd.8", title)
+
+
+# --- DIAGNOSTICS ---
+
+ANYTHING = "\0"  # what differs from case to case
+
+# Who takes, as the first argument, a text that levels 0 to 2 of the log show, and what
+# stands before it there.  A channel's two are the client's as well, but at level 4.
+SPEAKERS = {
+    **dict.fromkeys(("error", "warning", "notice"), ""),
+    **dict.fromkeys(("ConfigError", "FilterFailure", "Hangup", "NoRoom"), ""),
+    **dict.fromkeys(("ServerLost", "SystemRefused", "lost"), ""),
+    **dict.fromkeys(("BadReply", "_broken"), "SERVER: "),
+}
+OF_THE_FILE = "FILE:LINE: "
+
+
+class Text(NamedTuple):
+    """An expression in the source whose value goes to the log, and its function."""
+
+    prefix: str
+    expression: ast.expr
+    scope: ast.AST
+
+
+def texts(tree: ast.Module) -> Iterator[Text]:
+    """Every place where something is said at levels 0 to 2."""
+    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+    for function in functions:
+        if function.name not in SPEAKERS:  # what it says for others was said before
+            for node in ast.walk(function):
+                for prefix, expression in spoken(node, function.name):
+                    yield Text(prefix, expression, function)
+
+
+def spoken(node: ast.AST, function: str) -> Iterator[tuple[str, ast.expr]]:
+    """What a node in a function says: an argument, or an element of a list."""
+    if isinstance(node, ast.Call) and node.args:
+        owner, _, name = ast.unparse(node.func).rpartition(".")
+        is_method = name.islower()
+        if name in SPEAKERS and (not is_method or owner.endswith(("log", "self"))):
+            yield SPEAKERS[name], node.args[0]
+        elif name == "ValueError" and function == "split_line":
+            yield OF_THE_FILE, node.args[0]
+        elif name == "append" and "warnings" in function:
+            yield "", node.args[0]
+    elif isinstance(node, (ast.List, ast.ListComp)) and "warnings" in function:
+        elements = node.elts if isinstance(node, ast.List) else [node.elt]
+        yield from (("", element) for element in elements)
+
+
+def wordings(expression: ast.AST, scopes: Sequence[ast.AST]) -> set[str]:
+    """All that an expression for a text can be, as far as it stands in the source.
+
+    A name is what the assignment before it, in one of the scopes, made it.
+    """
+    if isinstance(expression, ast.Constant) and isinstance(expression.value, str):
+        return {re.sub(r"\{\w+\}", ANYTHING, expression.value)}
+    if isinstance(expression, ast.FormattedValue):
+        return wordings(expression.value, scopes)
+    if isinstance(expression, ast.IfExp):
+        return wordings(expression.body, scopes) | wordings(expression.orelse, scopes)
+    if isinstance(expression, (ast.JoinedStr, ast.BinOp)):
+        parts = (
+            expression.values
+            if isinstance(expression, ast.JoinedStr)
+            else [expression.left, expression.right]
+        )
+        choices = [wordings(part, scopes) for part in parts]
+        return {"".join(choice) for choice in itertools.product(*choices)}
+    if isinstance(expression, ast.Name):
+        value = assigned(expression, scopes)
+        if value is not None:
+            return wordings(value, scopes)
+    return {ANYTHING}
+
+
+def assigned(name: ast.Name, scopes: Sequence[ast.AST]) -> Optional[ast.expr]:
+    """The value that a name was given last before the line where it stands."""
+    for scope in scopes:
+        values = [
+            node.value
+            for node in ast.walk(scope)
+            if isinstance(node, ast.Assign)
+            and ast.unparse(node.targets[0]) == name.id
+            and node.lineno < name.lineno
+        ]
+        if values:
+            return max(values, key=lambda value: value.lineno)
+    return None
+
+
+def messages(source: str) -> set[str]:
+    """Every message of the program's source, with `ANYTHING` in some places.
+
+    A bare name, or str() or reason() of one, passes on what was raised elsewhere.
+    """
+    tree = ast.parse(source)
+    found = set()
+    for prefix, expression, scope in texts(tree):
+        said = wordings(expression, [scope, *constants(tree)])
+        if said == {ANYTHING}:
+            what = ast.unparse(expression)
+            assert re.fullmatch(r"\w+|(str|reason)\(\w+\)", what), (
+                f"what does {what} say?"
+            )
+        else:
+            found |= {prefix + wording for wording in said}
+    return found
+
+
+def constants(tree: ast.Module) -> list[ast.AST]:
+    """The assignments of the module itself."""
+    return [node for node in tree.body if isinstance(node, ast.Assign)]
+
+
+def readable(message: str) -> str:
+    return message.replace(ANYTHING, "...")
+
+
+def complaints() -> set[str]:
+    """What is logged of a value that a setting cannot have."""
+    texts = (setting.kind.complaint for setting in program.SETTINGS)
+    return {OF_THE_FILE + re.sub(r"\{\w+\}", ANYTHING, text) for text in texts}
+
+
+MESSAGES = sorted(messages(read("proxsmtpd.py")) | complaints())
+
+
+def diagnostics() -> list[str]:
+    """The messages in DIAGNOSTICS; what stands in capitals differs each time."""
+    return re.findall(r"^\.It (.*)", section("proxsmtpd.8", "DIAGNOSTICS"), re.M)
+
+
+def is_entry_for(entry: str, message: str) -> bool:
+    fixed = map(re.escape, message.split(ANYTHING))
+    return bool(re.fullmatch("[A-Z]+".join(fixed), entry))
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=readable)
+def test_diagnostics_have_each_message_of_the_program(message: str) -> None:
+    assert any(is_entry_for(entry, message) for entry in diagnostics())
+
+
+@pytest.mark.parametrize("entry", diagnostics())
+def test_diagnostics_are_messages_of_the_program(entry: str) -> None:
+    assert any(is_entry_for(entry, message) for message in MESSAGES)
+
+
+@pytest.mark.parametrize(
+    ("statement", "found"),
+    [
+        ("self._log.error('no good')", {"no good"}),
+        ("log.warning(f'{a} is {b}')", {"\0 is \0"}),
+        ("a = f' {c}' if c else ''\n    log.notice(f'x{a}')", {"x", "x \0"}),
+        ("raise FilterFailure('x')", {"x"}),
+        ("raise SystemRefused('x: ' + why) from None", {"x: \0"}),
+        ("raise self.lost(f'{self.side}: x', *self.silent)", {"\0: x"}),
+        ("raise self._broken('x')", {"SERVER: x"}),
+        ("raise Hangup(f'{number} x', REPLY)", {"\0 x"}),
+        ("log.error(str(error))", set()),
+        ("raise SystemRefused(reason(error)) from error", set()),
+        ("log.debug('x'); log.info('x'); parser.error('x')", set()),
+    ],
+)
+def test_messages_are_found_in_a_source(statement: str, found: set[str]) -> None:
+    """So that the tests above fail for a message without an entry."""
+    assert messages(f"def f(log, why):\n    {statement}\n") == found
+
+
+def test_text_that_cannot_be_found_is_reported() -> None:
+    with pytest.raises(AssertionError, match="what does words_for"):
+        messages("def f(log):\n    log.error(words_for(log))\n")

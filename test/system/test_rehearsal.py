@@ -1,0 +1,1242 @@
+"""`-t`: messages that are played to the filter, and what is said of the server.
+
+Each rehearsal is a run of the real program.  Whatever it is about, all that it writes
+is printable ASCII, and nothing of it is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import re
+import signal
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Callable, NamedTuple, Protocol, Union
+
+import pytest
+from test_filter import environment
+from test_modes import (
+    FAILURES,
+    FIELD,
+    HEADER,
+    KINDS,
+    OBSERVE,
+    PASS,
+    VERDICTS,
+    applicable,
+    both,
+    settings_of,
+    stuffed,
+)
+
+from helpers import (
+    MARKER,
+    TRACEBACK,
+    MakeServer,
+    StartDaemon,
+    free_port,
+    marked_processes,
+    poll,
+    program_under_test,
+    settings_text,
+    write_config,
+)
+from proxsmtpd import crc32c, envelope_of, printable, to_octets
+from smtp import (
+    EXTENSIONS,
+    Chunks,
+    Close,
+    Reply,
+    Reset,
+    ScriptedServer,
+    Stall,
+)
+
+PATIENCE = 30.0
+MESSAGE = (
+    b"Return-Path: <bounce@example.com>\r\n"
+    b"From: A <a@example.com>\r\n"
+    b"To: b@example.net\r\n"
+    b"Subject: test\r\n"
+    b"\r\n"
+    b"Hello\r\n"
+)
+QUEUED = b"250 2.0.0 Ok: queued\r\n"
+KINDS_OF_END = ("passed", "dropped", "refused", "broken")
+
+
+class Played(NamedTuple):
+    """What is said of one message."""
+
+    name: str
+    environment: dict[str, str]
+    filter: str
+    reply: str
+    status: str
+    changes: list[str]  # the unified diff
+
+    @classmethod
+    def parse(cls, lines: Sequence[str]) -> Played:
+        """Of its lines, the first of which has its name."""
+        told: dict[str, list[str]] = {}
+        for line in lines[1:]:
+            word, colon, value = line.partition(":")
+            if colon and word in ("environment", "filter", "reply", "status"):
+                told[word] = [value.strip()]
+            elif line in ("changes:", "changes: none"):
+                told["changes"] = []
+            else:
+                list(told.values())[-1].append(line)
+        variables: dict[str, str] = {}
+        for line in told.get("environment", [""])[1:]:
+            if line.startswith("    "):
+                variables[list(variables)[-1]] += "\n" + line[4:]
+            else:
+                name, _, value = line[2:].partition("=")
+                variables[name] = value
+        end, reply, status = (
+            told.get(word, [""])[0] for word in ("filter", "reply", "status")
+        )
+        changes = told.get("changes", [])
+        return cls(lines[0][3:], variables, end, reply, status, changes)
+
+
+class Rehearsed(NamedTuple):
+    """What a run has come to."""
+
+    exit_status: int
+    output: str
+    errors: str
+
+    @property
+    def played(self) -> list[Played]:
+        parts = re.split(r"^(?=== )", self.output, flags=re.M)[1:-1]
+        return [Played.parse(part.splitlines()) for part in parts]
+
+    @property
+    def only(self) -> Played:
+        """What is said of the only message."""
+        (played,) = self.played
+        return played
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The summary, without what did not happen."""
+        kinds = ", ".join(rf"(\d+) {kind}" for kind in KINDS_OF_END)
+        form = rf"== messages: (\d+); {kinds}"
+        match = re.fullmatch(form, self.output.splitlines()[-1])
+        assert match, self.output
+        total, *numbers = map(int, match.groups())
+        assert total == sum(numbers)
+        return {kind: n for kind, n in zip(KINDS_OF_END, numbers) if n}
+
+
+def is_plain(text: bytes) -> bool:
+    """Whether text can do no harm to any terminal."""
+    return re.fullmatch(rb"[ -~\n]*", text) is not None
+
+
+class Rehearse(Protocol):
+    """Runs `-t` on messages: octets, or the names of files that may be there."""
+
+    def __call__(
+        self,
+        settings: Mapping[str, object],
+        *messages: Union[bytes, str],
+        stdin: bytes = b"",
+        env: Mapping[str, Union[str, bytes]] | None = None,
+        **options: Any,
+    ) -> Rehearsed: ...
+
+
+class Stage:
+    """A configuration file and messages in a directory, and the command for them."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        self.config, self.tempdir = place / "proxsmtpd.conf", place / "temp"
+        self.tempdir.mkdir()
+        self._numbers = 0
+
+    def command(
+        self,
+        settings: Mapping[str, object],
+        *messages: Union[bytes, str],
+        level: int | None = None,
+    ) -> list[str]:
+        """The command line by which these messages are played."""
+        debug = [] if level is None else [f"-d{level}"]
+        defaults = {"OutAddress": "192.0.2.25:25", "TempDirectory": self.tempdir}
+        write_config(self.config, settings_text(settings), **defaults)
+        names = [m if isinstance(m, str) else self._file(m) for m in messages]
+        arguments = ["-t", *debug, "-f", str(self.config), *names]
+        return [*program_under_test(), *arguments]
+
+    def _file(self, message: bytes) -> str:
+        self._numbers += 1
+        path = self.place / f"message-{self._numbers}"
+        path.write_bytes(message)
+        return path.name
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Stage:
+    return Stage(tmp_path)
+
+
+@pytest.fixture
+def rehearse(stage: Stage) -> Rehearse:
+    """See `Rehearse`."""
+
+    def run(
+        settings: Mapping[str, object],
+        *messages: Union[bytes, str],
+        stdin: bytes = b"",
+        env: Mapping[str, Union[str, bytes]] | None = None,
+        **options: Any,
+    ) -> Rehearsed:
+        mark = uuid.uuid4().hex
+        process = subprocess.run(
+            stage.command(settings, *messages),
+            check=False,
+            input=stdin,
+            capture_output=True,
+            timeout=PATIENCE,
+            env={"PATH": os.environ["PATH"], MARKER: mark, **(env or {})},
+            **{"cwd": stage.place, **options},
+        )
+        assert is_plain(process.stdout), process.stdout
+        assert is_plain(process.stderr), process.stderr
+        assert TRACEBACK.encode() not in process.stderr, process.stderr.decode()
+        assert list(stage.tempdir.iterdir()) == []
+        assert marked_processes(mark) == {}
+        return Rehearsed(
+            process.returncode, process.stdout.decode(), process.stderr.decode()
+        )
+
+    return run
+
+
+# --- What becomes of a message ---
+
+
+def test_all_that_is_said(rehearse: Rehearse) -> None:
+    result = rehearse({"FilterCommand": "sed s/Hello/Goodbye/"}, MESSAGE)
+    output = re.sub(r"\d+\.\d{3} s", "N s", result.output)
+    temporary = f"{output.partition('TMPDIR=')[2].splitlines()[0]}"
+    assert (
+        output
+        == f"""\
+== message-1
+environment:
+  CLIENT=192.0.2.1
+  SERVER=192.0.2.25
+  SENDER=bounce@example.com
+  RECIPIENTS=b@example.net
+  REMOTE=198.51.100.1
+  REMOTE_HELO=client.example
+  TMPDIR={temporary}
+filter: exit status 0, N s
+reply: the server's
+status: FILTERED
+changes:
+--- message-1
++++ message-1 filtered
+@@ -3,4 +3,4 @@
+ To: b@example.net
+ Subject: test
+{" "}
+-Hello
++Goodbye
+== messages: 1; 1 passed, 0 dropped, 0 refused, 0 broken
+"""
+    )
+    assert (result.exit_status, result.errors) == (0, "")
+
+
+@pytest.mark.parametrize(("kind", "name"), applicable(VERDICTS))
+def test_verdict(kind: str, name: str, rehearse: Rehearse) -> None:
+    case = VERDICTS[name]
+    result = rehearse(settings_of(kind, case.command(kind)), MESSAGE)
+    played = result.only
+    assert played.status == case.outcome
+    assert result.errors == ""
+    if case.outcome == "FILTERED":
+        assert (result.exit_status, result.counts) == (0, {"passed": 1})
+        assert played.reply == "the server's"
+        assert f"+{FIELD.decode().strip()}" not in played.changes
+        assert "+X-Seen: by 192.0.2.1" in played.changes
+    else:
+        end = "dropped" if case.outcome.startswith("2") else "refused"
+        assert (result.exit_status, result.counts) == (1, {end: 1})
+        assert played.reply == case.outcome
+        assert played.changes == []
+
+
+@pytest.mark.parametrize(("kind", "name"), applicable(FAILURES))
+def test_failure(kind: str, name: str, rehearse: Rehearse) -> None:
+    case = FAILURES[name]
+    result = rehearse(settings_of(kind, case.command(kind)), MESSAGE)
+    assert (result.exit_status, result.counts) == (2, {"broken": 1})
+    assert result.only.reply == "451 Local Error"
+    assert result.only.status == "FILTER-ERROR"
+    assert re.match(f"proxsmtpd: {case.outcome}\n", result.errors), result.errors
+
+
+ENDS = {
+    "cat": "exit status 0",
+    "exit 3": "exit status 3",
+    "exit 127": "exit status 127",
+    "kill -KILL $$": "was ended by signal 9",
+    "kill -TERM $$": "was ended by signal 15",
+    "sleep 60": "did not end by itself",
+    f": {'x' * 140_000}": "did not end by itself",
+}
+
+
+@pytest.mark.parametrize("command", ENDS, ids=lambda command: command[:20])
+def test_end_of_the_filter(command: str, rehearse: Rehearse) -> None:
+    result = rehearse(settings_of("pipe", command), MESSAGE)
+    assert re.fullmatch(rf"{ENDS[command]}, \d+\.\d{{3}} s", result.only.filter)
+
+
+def test_time_of_the_filter(rehearse: Rehearse) -> None:
+    begun = time.monotonic()
+    result = rehearse({"FilterCommand": "sleep 0.3; cat"}, MESSAGE)
+    most = time.monotonic() - begun
+    assert 0.3 <= float(result.only.filter.split()[-2]) < most
+
+
+CHANGES = {
+    "none": ("cat", []),
+    "a line more at the end": (
+        "cat; echo More",
+        ["@@ -4,3 +4,4 @@", " Subject: test", " ", " Hello", "+More"],
+    ),
+    "a line less at the start": (
+        "sed 1d",
+        [
+            "@@ -1,4 +1,3 @@",
+            "-Return-Path: <bounce@example.com>",
+            " From: A <a@example.com>",
+            " To: b@example.net",
+            " Subject: test",
+        ],
+    ),
+    "LF only": (r"tr -d '\r'", []),
+    "an end without newline": ("head -c -2", []),
+    "a last line without newline": (
+        "cat; printf More",
+        ["@@ -4,3 +4,4 @@", " Subject: test", " ", " Hello", "+More"],
+    ),
+    "a lone dot": (
+        "cat; echo .",
+        ["@@ -4,3 +4,4 @@", " Subject: test", " ", " Hello", "+."],
+    ),
+    "bare CR": (
+        r"sed 's/Hello/a\rb/'",
+        [
+            "@@ -3,4 +3,4 @@",
+            " To: b@example.net",
+            " Subject: test",
+            " ",
+            "-Hello",
+            "+a b",
+        ],
+    ),
+    "octets": (
+        r"sed 's/Hello/\x00\x1b\xe9\t/'",
+        [
+            "@@ -3,4 +3,4 @@",
+            " To: b@example.net",
+            " Subject: test",
+            " ",
+            "-Hello",
+            r"+\x00\x1b\xe9\x09",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_changes(name: str, rehearse: Rehearse) -> None:
+    """Lines as the server would get them, before the transparency procedure."""
+    command, expected = CHANGES[name]
+    result = rehearse({"FilterCommand": command}, MESSAGE, env={"LC_ALL": "C"})
+    files = ["--- message-1", "+++ message-1 filtered"] if expected else []
+    assert result.only.changes == files + expected
+    assert ("changes: none" in result.output) == (not expected)
+
+
+def test_change_that_looks_like_none(rehearse: Rehearse) -> None:
+    """What is printed alike, an octet and its name, is not the same."""
+    message = MESSAGE + b"caf\xe9\r\n"
+    command = r"sed 's/\xe9/\\xe9/'"
+    result = rehearse({"FilterCommand": command}, message, env={"LC_ALL": "C"})
+    assert "changes: none" not in result.output
+
+
+# Settings beyond the filter's own; the exit status, what it counts as, the reply, the
+# status, and whether the filter ran.
+SETTINGS: Mapping[str, tuple[Mapping[str, object], int, str, str, str, bool]] = {
+    "no filter": ({"FilterCommand": ""}, 0, "passed", "the server's", "PASSED", False),
+    "reject": (
+        {"FilterType": "reject"},
+        1,
+        "refused",
+        "530 Email Rejected",
+        "REJECTED",
+        False,
+    ),
+    "reject with words": (
+        {"FilterType": "reject", "FilterReject": "451 4.7.1 Later"},
+        1,
+        "refused",
+        "451 4.7.1 Later",
+        "REJECTED",
+        False,
+    ),
+    "observe": (
+        {**OBSERVE, "FilterCommand": "echo 554 Spam >&2; exit 1"},
+        0,
+        "passed",
+        "the server's",
+        "OBSERVED: 554 Spam",
+        True,
+    ),
+    "observe a change": (
+        {**OBSERVE, "FilterCommand": "echo gone"},
+        0,
+        "passed",
+        "the server's",
+        "OBSERVED: FILTERED",
+        True,
+    ),
+    "observe a failure": (
+        {**OBSERVE, "FilterCommand": "exit 127"},
+        2,
+        "broken",
+        "the server's",
+        "OBSERVED: FILTER-ERROR",
+        True,
+    ),
+    "pass": (
+        {**PASS, "FilterCommand": "exit 127"},
+        2,
+        "broken",
+        "the server's",
+        "FILTER-ERROR, passed",
+        True,
+    ),
+    "pass, but terminated": (
+        {**PASS, "FilterCommand": "kill -TERM $$"},
+        2,
+        "broken",
+        "451 Local Error",
+        "FILTER-ERROR",
+        True,
+    ),
+    "too large": (
+        {"MaxMessageSize": len(MESSAGE) - 1},
+        1,
+        "refused",
+        "552 Message too large",
+        "552 Message too large",
+        False,
+    ),
+    "just not too large": (
+        {"MaxMessageSize": len(MESSAGE)},
+        0,
+        "passed",
+        "the server's",
+        "FILTERED",
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings(name: str, rehearse: Rehearse) -> None:
+    settings, exit_status, end, reply, status, ran = SETTINGS[name]
+    result = rehearse({"FilterCommand": "cat", **HEADER, **settings}, MESSAGE)
+    played = result.only
+    assert (result.exit_status, result.counts) == (exit_status, {end: 1})
+    assert (played.reply, played.status) == (reply, status)
+    assert bool(played.environment) == bool(played.filter) == ran
+    expected = ["@@ -2,5 +2,6 @@", " From: A <a@example.com>", " To: b@example.net"]
+    expected += [" Subject: test", "+X-Seen: by 192.0.2.1", " ", " Hello"]
+    assert played.changes[2:] == (expected if reply == "the server's" else [])
+
+
+# --- Several messages, and where they come from ---
+
+
+def test_several_messages(rehearse: Rehearse) -> None:
+    verdicts = 'p*) cat;; b*) exit 127;; *) echo "$verdict" >&2; exit 1;;'
+    command = f"read x verdict; case $verdict in {verdicts} esac"
+    settings = {"FilterCommand": command}
+    passed, dropped, refused, broken = (
+        b"X: %s\n\nHello\n" % verdict for verdict in (b"p", b"250 x", b"554 x", b"b")
+    )
+    result = rehearse(settings, passed, refused, passed, dropped, broken, dropped)
+    assert [p.name for p in result.played] == [f"message-{n}" for n in range(1, 7)]
+    assert [p.status for p in result.played] == (
+        ["FILTERED", "554 x", "FILTERED", "250 x", "FILTER-ERROR", "250 x"]
+    )
+    assert result.counts == {"passed": 2, "dropped": 2, "refused": 1, "broken": 1}
+    assert result.exit_status == 2
+    assert rehearse(settings, passed, passed).exit_status == 0
+    assert rehearse(settings, passed, dropped).exit_status == 1
+    assert rehearse(settings, passed, refused).exit_status == 1
+    assert rehearse(settings, refused, broken, passed).exit_status == 2
+
+
+def test_standard_input(rehearse: Rehearse) -> None:
+    settings = {"FilterCommand": "sed s/Hello/Goodbye/"}
+    result = rehearse(settings, "-", stdin=MESSAGE)
+    assert (result.exit_status, result.counts) == (0, {"passed": 1})
+    assert result.only.name == "-"
+    assert result.only.changes[:2] == ["--- -", "+++ - filtered"]
+    assert result.only.changes[-2:] == ["-Hello", "+Goodbye"]
+    assert result.only.environment["SENDER"] == "bounce@example.com"
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("nowhere", "No such file or directory"),
+        ("temp", "Is a directory"),
+        ("proxsmtpd.conf/x", "Not a directory"),
+        ("\x1b[2J\udce9", "No such file or directory"),
+    ],
+)
+def test_message_that_cannot_be_read(name: str, error: str, rehearse: Rehearse) -> None:
+    """It counts as broken, and the others are played."""
+    result = rehearse({"FilterCommand": "cat"}, MESSAGE, name, MESSAGE)
+    assert (result.exit_status, result.counts) == (2, {"passed": 2, "broken": 1})
+    shown = printable(os.fsencode(name))
+    assert result.errors == f"proxsmtpd: couldn't read message: {shown}: {error}\n"
+    assert [p.name for p in result.played] == ["message-1", shown, "message-2"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "message",
+    [
+        MESSAGE.replace(b"\r\n", b"\n"),
+        MESSAGE,
+        MESSAGE.replace(b"\r\n", b"\n")[:-1],
+        MESSAGE.replace(b"Hello\r\n", b"Hello"),
+    ],
+    ids=["LF", "CRLF", "LF without the last", "CRLF without the last"],
+)
+def test_filter_gets_crlf(
+    message: bytes, kind: str, rehearse: Rehearse, tmp_path: Path
+) -> None:
+    saved = tmp_path / "saved"
+    command = f"tee {saved}" if kind == "pipe" else f'cp "$EMAIL" {saved}'
+    result = rehearse({"FilterCommand": command, "FilterType": kind}, message)
+    assert result.counts == {"passed": 1}
+    assert saved.read_bytes() == MESSAGE
+    assert result.only.changes == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_octets(kind: str, rehearse: Rehearse, tmp_path: Path) -> None:
+    """The filter gets them as they are; on the terminal they are harmless."""
+    octets = bytes(n for n in range(256) if n not in b"\r\n")
+    message = MESSAGE + octets + b"\r\n" + octets * 9 + b"\r\n"
+    saved = tmp_path / "saved"
+    command, more = f"tee {saved}; echo More", "printf '554 \\033[2J\\351' >&2; exit 1"
+    if kind == "file":
+        command = f'cp "$EMAIL" {saved}; echo More >>"$EMAIL"'
+    settings = {"FilterType": kind}
+    result = rehearse({**settings, "FilterCommand": command}, message)
+    assert saved.read_bytes() == message
+    assert result.only.changes[-1] == "+More"
+    assert result.only.changes[-3] == f" {printable(octets)}"
+    result = rehearse({**settings, "FilterCommand": f"{command}; {more}"}, message)
+    assert result.only.reply == result.only.status == "554 ?[2J?"
+
+
+@pytest.mark.parametrize("message", [b"", b"\n", b"\r\n", b"no header"])
+def test_strange_messages(message: bytes, rehearse: Rehearse) -> None:
+    result = rehearse({"FilterCommand": "cat"}, message)
+    assert (result.exit_status, result.counts) == (0, {"passed": 1})
+    assert result.only.changes == []
+
+
+def test_large_messages(rehearse: Rehearse) -> None:
+    """In the time that a terminal's user may wait."""
+    lines = b"".join(b"%070d\r\n" % number for number in range(60_000))
+    result = rehearse(
+        {"FilterCommand": "sed s/Hello/Goodbye/", **HEADER}, MESSAGE + lines
+    )
+    assert result.counts == {"passed": 1}
+    assert [c for c in result.only.changes[2:] if c[0] in "+-"] == (
+        ["+X-Seen: by 192.0.2.1", "-Hello", "+Goodbye"]
+    )
+
+
+# --- The environment ---
+
+EXAMPLES = {
+    "CLIENT": "192.0.2.1",
+    "SENDER": "sender@example.com",
+    "RECIPIENTS": "recipient@example.net",
+    "REMOTE": "198.51.100.1",
+    "REMOTE_HELO": "client.example",
+}
+GIVEN = {
+    "CLIENT": "203.0.113.7",
+    "SENDER": "<>",
+    "RECIPIENTS": "one@example.net\ntwo@example.net",
+    "REMOTE": "2001:db8::1",
+    "REMOTE_HELO": "mx.example",
+}
+FROM_HEADER = {
+    b"Subject: none\n": {},
+    b"Return-Path: <r@example.com>\nFrom: f@example.com\n": {"SENDER": "r@example.com"},
+    b"Return-Path: r@example.com\n": {"SENDER": "r@example.com"},
+    b"Return-Path: <>\nFrom: f@example.com\n": {"SENDER": "<>"},
+    b"From: F <f@example.com>, g@example.com\n": {"SENDER": "f@example.com"},
+    b"To: t@example.com\n": {"RECIPIENTS": "t@example.com"},
+    b"Cc: c@example.com\n": {"RECIPIENTS": "c@example.com"},
+    b"Cc: c@example.com\nTo: T <t@example.com>,\n u@example.com\nBcc: x@y\n": {
+        "RECIPIENTS": "t@example.com\nu@example.com\nc@example.com"
+    },
+    b"To: t@example.com\nTo: u@example.com\n": {
+        "RECIPIENTS": "t@example.com\nu@example.com"
+    },
+    b"To: undisclosed-recipients:;\n": {},
+    b"To: list: t@example.com, u@example.com;\n": {
+        "RECIPIENTS": "t@example.com\nu@example.com"
+    },
+    b'To: "T, U" <t@example.com>, "a b"@example.com\n': {
+        "RECIPIENTS": 't@example.com\n"a b"@example.com'
+    },
+    b"From: J\xf6rg <f@example.com>\nTo: =?utf-8?q?=C3=B6?= <t@example.com>\n": {
+        "SENDER": "f@example.com",
+        "RECIPIENTS": "t@example.com",
+    },
+    b'From: "Long Name Of The Company,\n Department" <f@example.com>\n': {
+        "SENDER": "f@example.com"
+    },
+    b"From: j\xc3\xb6rg@example.com\nTo: j\xf6rg@example.com\n": {
+        "SENDER": "j\xf6rg@example.com",
+        "RECIPIENTS": "j\udcf6rg@example.com",
+    },
+    b"from: f@example.com\nTO: t@example.com\n": {
+        "SENDER": "f@example.com",
+        "RECIPIENTS": "t@example.com",
+    },
+    b"Subject: x\n\nFrom: f@example.com\nTo: t@example.com\n": {},
+}
+
+
+@pytest.mark.parametrize("header", FROM_HEADER)
+def test_envelope_of_the_header(header: bytes) -> None:
+    expected = {
+        name.encode(): to_octets(value) for name, value in FROM_HEADER[header].items()
+    }
+    message = header.replace(b"\n", b"\r\n") + b"\r\nHello\r\n"
+    assert envelope_of(message) == expected
+
+
+def test_environment_of_examples_header_and_caller(rehearse: Rehearse) -> None:
+    """Each goes before those that stand before it."""
+    settings = {"FilterCommand": "cat"}
+    bare = rehearse(settings, b"Subject: none\n\nHello\n").only.environment
+    temporary = {"TMPDIR": bare["TMPDIR"], "SERVER": "192.0.2.25"}
+    assert bare == {**EXAMPLES, **temporary}
+    told = {"SENDER": "bounce@example.com", "RECIPIENTS": "b@example.net"}
+    assert rehearse(settings, MESSAGE).only.environment == (
+        {**EXAMPLES, **told, **temporary}
+    )
+    for name, value in GIVEN.items():
+        found = rehearse(settings, MESSAGE, env={name: value}).only.environment
+        assert found == {**EXAMPLES, **told, name: value, **temporary}
+    stale = {"TMPDIR": "/nowhere", "EMAIL": "/nowhere/mail", "SERVER": "192.0.2.99"}
+    result = rehearse(settings, MESSAGE, env={**GIVEN, **stale})
+    assert result.only.environment == {**GIVEN, **temporary}
+
+
+def test_what_is_shown_is_what_the_filter_has(
+    rehearse: Rehearse, tmp_path: Path
+) -> None:
+    saved = tmp_path / "environ"
+    given: dict[str, Union[str, bytes]] = {**GIVEN, "OTHER": "kept"}
+    given["SENDER"] = b"caf\xe9\x1b[2J@example.com"
+    command = f'cat /proc/self/environ >{saved}; test -f "$EMAIL"'
+    settings = {"FilterCommand": command, "FilterType": "file"}
+    result = rehearse(settings, MESSAGE, env=given)
+    assert result.counts == {"passed": 1}
+    found = environment(saved)
+    shown = {
+        name: "\n".join(printable(line) for line in found[name.encode()].split(b"\n"))
+        for name in (*EXAMPLES, "SERVER", "TMPDIR", "EMAIL")
+    }
+    assert result.only.environment == shown
+    assert found[b"SENDER"] == b"caf\xe9\x1b[2J@example.com"
+    assert found[b"OTHER"] == b"kept"
+    assert found[b"EMAIL"].startswith(found[b"TMPDIR"] + b"/")
+
+
+def test_variable_that_the_caller_has_emptied(
+    rehearse: Rehearse, tmp_path: Path
+) -> None:
+    """So one sees what the filter does without it, as in the daemon."""
+    saved = tmp_path / "environ"
+    empty = dict.fromkeys(("REMOTE", "REMOTE_HELO"), "")
+    command = f"cat /proc/self/environ >{saved}; cat"
+    result = rehearse({"FilterCommand": command}, MESSAGE, env=empty)
+    assert not result.only.environment.keys() & empty.keys()
+    assert not environment(saved).keys() & {b"REMOTE", b"REMOTE_HELO"}
+
+
+@pytest.mark.parametrize(
+    ("address", "server"),
+    [
+        ("192.0.2.25", "192.0.2.25"),
+        ("[2001:db8::25]:25", "2001:db8::25"),
+        ("mx.example:25", "mx.example"),
+        ("25", None),
+        ("/run/lmtp.sock", None),
+    ],
+)
+def test_server_is_what_out_address_says(
+    address: str, server: str | None, rehearse: Rehearse
+) -> None:
+    settings = {"FilterCommand": "cat", "OutAddress": address}
+    assert rehearse(settings, MESSAGE).only.environment.get("SERVER") == server
+
+
+@pytest.mark.parametrize("field", [b"From", b"To"])
+def test_nul_in_an_address(field: bytes, rehearse: Rehearse) -> None:
+    result = rehearse(
+        {"FilterCommand": "cat"}, field + b": a\0b@example.com\n\nHello\n"
+    )
+    assert result.exit_status in (0, 2)
+
+
+def test_more_recipients_than_a_transaction_has(rehearse: Rehearse) -> None:
+    """The daemon would have told the client to send the rest by another one."""
+    names = (b"recipient-%05d@example.com" % number for number in range(6000))
+    message = b"To: " + b",\n ".join(names) + b"\n\nHello\n"
+    assert rehearse({"FilterCommand": "cat"}, message).counts == {"passed": 1}
+
+
+# --- The daemon says the same ---
+
+MODES = {"enforce": {}, "pass": PASS, "observe": OBSERVE}
+
+
+def playable(kind: str) -> dict[str, str]:
+    """The commands of all cases for a type of filter, by a name for each."""
+    table = {**VERDICTS, **FAILURES, "terminated": both("kill -TERM $$", "")}
+    # Only a command of the configuration can be too long for the system.
+    commands = [table[name].command(kind) for name in table if name != "cannot start"]
+    return {f"case-{n}@example.com": c for n, c in enumerate(filter(None, commands))}
+
+
+def unstuffed(data: bytes) -> bytes:
+    """Mail data without the dots of the transparency procedure."""
+    return re.sub(rb"^\.", b"", data, flags=re.M)
+
+
+def changes_between(name: str, before: bytes, after: bytes) -> list[str]:
+    old, new = (
+        [printable(line) for line in message.split(b"\r\n")[:-1]]
+        for message in (before, after)
+    )
+    return list(difflib.unified_diff(old, new, name, f"{name} filtered", lineterm=""))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_daemon_says_the_same(
+    kind: str,
+    mode: str,
+    stage: Stage,
+    proxsmtpd: StartDaemon,
+    server: ScriptedServer,
+) -> None:
+    """Environment, reply, status and message, with the very same configuration."""
+    cases = playable(kind)
+    scripts = stage.place / "scripts"
+    scripts.mkdir()
+    for name, command in cases.items():
+        saving = f'cat /proc/self/environ >"$SAVED.{name}"\n'
+        (scripts / name).write_text(
+            f"{saving}{command.replace('sleep 60', 'sleep 9')}\n"
+        )
+    settings = {**settings_of(kind, f'. "{scripts}/$SENDER"'), "FilterTimeout": 1}
+    same = {"PWD": os.getcwd(), "CLIENT": "127.0.0.1"}
+    daemon = proxsmtpd(
+        {**settings, **MODES[mode]}, env={**same, "SAVED": str(stage.place / "daemon")}
+    )
+    messages = {
+        name: b"Return-Path: <%s>\r\nTo: b@example.com\r\n\r\n.\r\n..Hello \xe9\0\r\n"
+        % name.encode()
+        for name in cases
+    }
+
+    names = []
+    for name, message in messages.items():
+        names.append(str(stage.place / f"{name}.eml"))
+        Path(names[-1]).write_bytes(message)
+    rehearsal = subprocess.run(
+        # At level 1 for the daemon's directory, which is not / with -d.
+        [*program_under_test(), "-d1", "-t", "-f", str(daemon.config), *names],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **same, "SAVED": str(stage.place / "rehearsal")},
+    )
+    played = Rehearsed(rehearsal.returncode, rehearsal.stdout, rehearsal.stderr).played
+    assert len(played) == len(cases)
+
+    client = daemon.connect(timeout=PATIENCE)
+    client.start(b"<nobody@example.com>")
+    client.expect(b"RSET", b"250")
+    for told, (name, message) in zip(played, messages.items()):
+        client.expect(b"XFORWARD ADDR=198.51.100.1 HELO=client.example", b"250")
+        client.envelope(b"<%s>" % name.encode())
+        accepted = len(server.messages)
+        reply = client.message(stuffed(message))
+        name_in_log = re.escape(f"from={name}, to=b@example.com")
+        assert told.status == daemon.wait_log(rf"{name_in_log}, status=(.*)$")[1]
+        if told.reply == "the server's":
+            assert reply == QUEUED
+            sent = unstuffed(server.messages[accepted].data)
+            assert told.changes == changes_between(told.name, message, sent)
+        else:
+            assert reply.decode() == told.reply + "\r\n"
+            assert len(server.messages) == accepted
+        found, expected = (
+            environment(stage.place / f"{who}.{name}")
+            for who in ("rehearsal", "daemon")
+        )
+        assert found.keys() | {MARKER.encode()} == expected.keys()
+        differing = {v for v in found if found[v] != expected[v]}
+        assert differing <= {b"SAVED", b"EMAIL"}
+
+
+# --- How it ends before its end ---
+
+
+class Running:
+    """A rehearsal under way, with its output in a pipe."""
+
+    def __init__(self, stage: Stage, command: Sequence[str]) -> None:
+        self._tempdir, self._mark = stage.tempdir, uuid.uuid4().hex
+        self.process: subprocess.Popen[bytes] = subprocess.Popen(
+            # Of a shell's background job the signal is ignored.
+            ["env", "--default-signal=INT", *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=stage.place,
+            env={**os.environ, MARKER: self._mark},
+        )
+
+    def line(self) -> bytes:
+        """The next line of what it says."""
+        assert self.process.stdout
+        return self.process.stdout.readline()
+
+    def wait_error(self, text: bytes) -> None:
+        """Wait until this is in a line on standard error."""
+        assert self.process.stderr
+        assert any(text in line for line in self.process.stderr)
+
+    def rest(self) -> tuple[bytes, bytes]:
+        """What it says, which is not much, until its end, and its errors."""
+        assert self.process.stdout
+        assert self.process.stderr
+        self.process.wait(PATIENCE)
+        output, errors = self.process.stdout.read(), self.process.stderr.read()
+        assert TRACEBACK.encode() not in errors, errors.decode()
+        assert b"Exception" not in errors, errors.decode()
+        return output, errors
+
+    def left(self) -> list[str]:
+        """What there is of it in TempDirectory, and which processes."""
+        files = [path.name for path in self._tempdir.iterdir()]
+        return files + list(marked_processes(self._mark).values())
+
+    def close(self) -> None:
+        """End all that is left."""
+        for pid in marked_processes(self._mark):
+            os.kill(pid, signal.SIGKILL)
+        with self.process:
+            pass
+
+
+Start = Callable[..., Running]
+
+
+@pytest.fixture
+def start(stage: Stage) -> Iterator[Start]:
+    """Starts a rehearsal of these settings and messages."""
+    with contextlib.ExitStack() as at_end:
+
+        def start(
+            settings: Mapping[str, object],
+            *messages: Union[bytes, str],
+            level: int | None = 4,
+        ) -> Running:
+            running = Running(stage, stage.command(settings, *messages, level=level))
+            return at_end.enter_context(contextlib.closing(running))
+
+        yield start
+
+
+def test_reader_that_has_seen_enough(start: Start, tmp_path: Path) -> None:
+    """As by ``| head -1``: it ends without a word."""
+    go = tmp_path / "go"
+    os.mkfifo(go)
+    running = start(
+        {"FilterCommand": f"read x <{go}; cat"}, MESSAGE, MESSAGE, level=None
+    )
+    assert running.line() == b"== message-1\n"
+    assert running.process.stdout
+    running.process.stdout.close()
+    go.write_text("go\n")
+    assert running.process.wait(PATIENCE) == 2
+    assert running.process.stderr
+    assert running.process.stderr.read() == b""
+    assert running.left() == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("defence", ["", "trap '' TERM; "], ids=["", "SIGTERM ignored"])
+def test_interrupt(kind: str, defence: str, start: Start, tmp_path: Path) -> None:
+    """The filter is ended with all of its processes, and nothing more is played."""
+    ready = tmp_path / "ready"
+    command = f"{defence}sleep 60 & : >{ready}; wait"
+    settings = {"FilterCommand": command, "FilterType": kind}
+    running = start(settings, MESSAGE, MESSAGE)
+    running.wait_error(b"executed filter command")
+    assert poll(ready.exists)
+    running.process.send_signal(signal.SIGINT)
+    output, errors = running.rest()
+    assert running.process.returncode == 2
+    assert output == b"== message-1\n"
+    assert len(re.findall(rb"killing filter process \(pid \d+\)\n", errors)) == 1
+    assert poll(lambda: running.left() == [])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_second_interrupt(kind: str, start: Start, tmp_path: Path) -> None:
+    """Whoever cannot wait for the filter's end gets it at once."""
+    ready = tmp_path / "ready"
+    command = f"trap '' TERM; sleep 60 & : >{ready}; wait"
+    running = start({"FilterCommand": command, "FilterType": kind}, MESSAGE)
+    running.wait_error(b"executed filter command")
+    assert poll(ready.exists)
+    running.process.send_signal(signal.SIGINT)
+    running.wait_error(b"killing filter process")
+    running.process.send_signal(signal.SIGINT)
+    running.rest()
+    assert running.process.returncode == 2
+    assert poll(lambda: running.left() == [], 5)
+
+
+def test_interrupt_while_it_reads(start: Start) -> None:
+    running = start({"FilterCommand": "cat"}, "-", level=None)
+    assert running.line() == b"== -\n"
+    running.process.send_signal(signal.SIGINT)
+    assert running.rest() == (b"", b"")
+    assert running.process.returncode == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_termination(number: signal.Signals, start: Start, tmp_path: Path) -> None:
+    """As by timeout(1), or by the end of the terminal."""
+    ready = tmp_path / "ready"
+    settings = {"FilterCommand": f": >{ready}; exec sleep 60", "FilterType": "file"}
+    running = start(settings, MESSAGE)
+    running.wait_error(b"executed filter command")
+    assert poll(ready.exists)
+    running.process.send_signal(number)
+    running.rest()
+    assert running.process.returncode != 0
+    assert poll(lambda: running.left() == [], 5)
+
+
+# --- Standard descriptors that are not as usual ---
+
+
+def with_descriptors(stage: Stage, arguments: Sequence[str], how: str) -> Rehearsed:
+    """Run the program with what the shell makes of its descriptors."""
+    process = subprocess.run(
+        ["sh", "-c", f'exec "$@" {how}', "sh", *arguments],
+        check=False,
+        capture_output=True,
+        timeout=PATIENCE,
+        cwd=stage.place,
+    )
+    errors = process.stderr.decode()
+    assert TRACEBACK not in errors, errors
+    assert "Exception" not in errors, errors
+    return Rehearsed(process.returncode, process.stdout.decode(), errors)
+
+
+def test_no_standard_input(stage: Stage) -> None:
+    command = stage.command({"FilterCommand": "sed s/Hello/Goodbye/"}, MESSAGE)
+    result = with_descriptors(stage, command, "<&-")
+    assert (result.exit_status, result.counts) == (0, {"passed": 1})
+    assert result.only.changes[-2:] == ["-Hello", "+Goodbye"]
+
+
+@pytest.mark.parametrize(
+    ("how", "message", "exit_status"),
+    [("<&-", "-", 2), (">&-", MESSAGE, 0), (">/dev/full", MESSAGE, 2)],
+    ids=["no input", "no output", "full output"],
+)
+def test_descriptor_that_is_missing_or_full(
+    how: str, message: Union[bytes, str], exit_status: int, stage: Stage
+) -> None:
+    command = stage.command({"FilterCommand": "cat"}, message)
+    assert with_descriptors(stage, command, how).exit_status == exit_status
+
+
+def test_check_with_full_output(stage: Stage) -> None:
+    result = with_descriptors(stage, stage.command({"OutAddress": 25}), ">/dev/full")
+    assert result.exit_status == 1
+    assert re.fullmatch(
+        r"proxsmtpd: couldn't write to standard output: No space left on device",
+        result.errors.splitlines()[-1],
+    )
+
+
+@pytest.mark.parametrize("how", [">&-", "<&- >&-", "<&- 2>&-"])
+def test_check_with_descriptors_closed(how: str, stage: Stage) -> None:
+    command = stage.command({"OutAddress": 25})
+    assert with_descriptors(stage, command, how).exit_status == 0
+
+
+def test_filter_runs_where_the_daemons_does(stage: Stage) -> None:
+    """In / unless -d keeps the daemon where it is; messages are the caller's."""
+    saved = stage.place / "directory"
+    (stage.place / "here.eml").write_bytes(MESSAGE)
+    settings = {"FilterCommand": f"pwd >{saved}; env | grep ^PWD= >>{saved}; cat"}
+    for level, directory in (None, "/"), (1, str(stage.place)):
+        command = stage.command(settings, level=level)
+        result = with_descriptors(stage, [*command, "here.eml"], "")
+        assert result.counts == {"passed": 1}
+        assert saved.read_text() == f"{directory}\nPWD={directory}\n"
+
+
+def test_check_in_limited_time(stage: Stage, make_server: MakeServer) -> None:
+    """Whatever the server does, and however slowly."""
+    drops = [b"220-x\r\n"] * 100
+    server = make_server({"GREETING": Chunks(drops, 0.5)})
+    command = stage.command({"OutAddress": server.address})
+    begin = time.monotonic()
+    result = with_descriptors(stage, command, "")
+    assert time.monotonic() - begin < 6
+    assert re.search(r"does not talk SMTP: .*timed out$", result.errors, re.M)
+    assert result.exit_status == 0
+
+
+def test_filter_gets_no_descriptor_of_the_callers(stage: Stage) -> None:
+    """A filter has three, as in the daemon."""
+    saved = stage.place / "descriptors"
+    command = stage.command({"FilterCommand": f"ls /proc/$$/fd >{saved}; cat"}, MESSAGE)
+    assert with_descriptors(stage, command, "7</dev/null").counts == {"passed": 1}
+    assert "7" not in saved.read_text().split()
+
+
+# --- The command line ---
+
+
+def test_configuration_that_is_wrong(rehearse: Rehearse) -> None:
+    result = rehearse({"FilterCommand": "cat", "FilterMode": "look"}, MESSAGE)
+    assert (result.exit_status, result.output) == (2, "")
+    expected = "invalid value for FilterMode (must specify 'enforce' or 'observe')"
+    assert result.errors.endswith(f": {expected}\n")
+
+
+def test_levels(stage: Stage) -> None:
+    """More of the log is on standard error."""
+    command = stage.command({"FilterCommand": "cat"}, MESSAGE, level=4)
+    result = with_descriptors(stage, command, "")
+    assert result.counts == {"passed": 1}
+    assert re.search(r"^proxsmtpd: executed filter command: cat ", result.errors, re.M)
+
+
+def test_rehearsal_needs_no_server(rehearse: Rehearse, server: ScriptedServer) -> None:
+    settings = {"FilterCommand": "cat", "OutAddress": server.address, "XClient": "on"}
+    result = rehearse(settings, MESSAGE)
+    assert (result.exit_status, result.errors) == (0, "")
+    assert server.connections == []
+
+
+# --- The server, by -t alone ---
+
+NO_XFORWARD = tuple(e for e in EXTENSIONS if not e.startswith(b"XFORWARD"))
+XCLIENT = (*EXTENSIONS, b"XCLIENT NAME ADDR")
+ALL = {"XClient": "on", "FilterCommand": "cat"}
+NO_SMTP = "does not talk SMTP: .*"
+
+
+class ServerCase(NamedTuple):
+    """A server, our settings, and patterns of the warnings after its address."""
+
+    script: Mapping[str, Reply]
+    extensions: Sequence[bytes]
+    settings: Mapping[str, object]
+    warnings: Sequence[str] = ()
+
+
+SERVERS = {
+    "has all": ServerCase({}, XCLIENT, ALL),
+    "has it in lower case": ServerCase({}, (b"xclient addr", b"xforward addr"), ALL),
+    "needs nothing": ServerCase({}, (), {}),
+    "no XCLIENT": ServerCase({}, EXTENSIONS, ALL, ["does not offer XCLIENT"]),
+    "no XFORWARD": ServerCase(
+        {}, NO_XFORWARD, {"FilterCommand": "cat"}, ["does not offer XFORWARD"]
+    ),
+    "neither": ServerCase(
+        {}, (), ALL, ["does not offer XCLIENT", "does not offer XFORWARD"]
+    ),
+    "no EHLO": ServerCase(
+        {"EHLO": b"502 5.5.1 No\r\n"}, (), {"XClient": "on"}, ["does not offer XCLIENT"]
+    ),
+    "closes": ServerCase({"GREETING": Close()}, (), {}, [f"{NO_SMTP}closed.*"]),
+    "closes at EHLO": ServerCase({"EHLO": Close()}, (), ALL, [f"{NO_SMTP}closed.*"]),
+    "resets": ServerCase(
+        {"GREETING": Reset(b"220 s")},
+        (),
+        {},
+        # Perhaps before connect() has returned.
+        [rf"(?:{NO_SMTP}|cannot be connected to: Connection )reset.*"],
+    ),
+    "nonsense": ServerCase(
+        {"GREETING": b"SSH-2.0-x\x1b[2J\xe9\r\n"},
+        (),
+        {},
+        [rf"{NO_SMTP}not a reply: SSH-2\.0-x\\x1b\[2J\\xe9"],
+    ),
+    "nonsense at EHLO": ServerCase(
+        {"EHLO": b"What?\r\n"}, (), {}, [f"{NO_SMTP}What\\?"]
+    ),
+    "no end of a reply": ServerCase(
+        {"EHLO": b"250-x\r\n" * 100_000}, (), {}, [f"{NO_SMTP}without end"]
+    ),
+    "silent": ServerCase({"GREETING": Stall()}, (), {}, [f"{NO_SMTP}timed out"]),
+    "silent at EHLO": ServerCase({"EHLO": Stall()}, (), {}, [f"{NO_SMTP}timed out"]),
+    "silent at QUIT": ServerCase({"QUIT": Stall()}, XCLIENT, ALL),
+}
+
+
+def check(
+    rehearse: Rehearse, settings: Mapping[str, object], most: float = 15
+) -> list[str]:
+    """What `-t` warns of, about OutAddress; nothing of it changes its exit status.
+
+    It has done so within `most` seconds.
+    """
+    begun = time.monotonic()
+    result = rehearse(settings)
+    assert time.monotonic() - begun < most
+    assert (result.exit_status, result.output) == (0, "configuration is OK\n")
+    lines = result.errors.splitlines()
+    start = f"proxsmtpd: OutAddress {settings['OutAddress']} "
+    assert all(line.startswith(start) for line in lines), lines
+    return [line.removeprefix(start) for line in lines]
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_server(name: str, make_server: MakeServer, rehearse: Rehearse) -> None:
+    case = SERVERS[name]
+    server = make_server(case.script, extensions=case.extensions)
+    warnings = check(rehearse, {"OutAddress": server.address, **case.settings})
+    assert len(warnings) == len(case.warnings), warnings
+    for warning, pattern in zip(warnings, case.warnings):
+        assert re.fullmatch(pattern, warning)
+    assert len(server.connections) == 1
+
+
+def test_server_is_left_in_good_order(
+    server: ScriptedServer, rehearse: Rehearse
+) -> None:
+    assert check(rehearse, {"OutAddress": server.address}) == []
+    connection = server.wait_connection()
+    server.wait_for(lambda: connection.closed)
+    assert connection.lines == [b"EHLO smtp.passthru", b"QUIT"]
+
+
+def test_server_that_is_not_there(rehearse: Rehearse, tmp_path: Path) -> None:
+    refused = ["cannot be connected to: Connection refused"]
+    assert check(rehearse, {"OutAddress": f"127.0.0.1:{free_port()}"}) == refused
+    missing = ["cannot be connected to: No such file or directory"]
+    assert check(rehearse, {"OutAddress": tmp_path / "nowhere"}) == missing
+
+
+def test_server_at_a_unix_socket(
+    make_server: MakeServer, rehearse: Rehearse, tmp_path: Path
+) -> None:
+    server = make_server(host=str(tmp_path / "socket"), extensions=())
+    settings = {"OutAddress": server.address, "FilterCommand": "cat"}
+    warnings = check(rehearse, settings)
+    assert warnings == ["does not offer XFORWARD"]
+
+
+@pytest.mark.parametrize("host", ["", "0.0.0.0:", "[::]:"])
+def test_port_alone_is_not_connected_to(
+    host: str, server: ScriptedServer, rehearse: Rehearse
+) -> None:
+    """It is the server of whoever will connect, and nobody has yet."""
+    assert check(rehearse, {"OutAddress": f"{host}{server.port}", **ALL}) == []
+    assert server.connections == []
+
+
+def test_transparent_proxy_has_no_server_of_its_own(
+    server: ScriptedServer, rehearse: Rehearse
+) -> None:
+    result = rehearse({"TransparentProxy": "on", "OutAddress": server.address})
+    assert (result.exit_status, result.output) == (0, "configuration is OK\n")
+    assert server.connections == []
+
+
+@pytest.mark.parametrize("greeting", [b"554 5.7.1 Not you\r\n", b"421 Too busy\r\n"])
+def test_server_that_does_not_want_us(
+    greeting: bytes, make_server: MakeServer, rehearse: Rehearse
+) -> None:
+    server = make_server({"GREETING": greeting, "EHLO": b"503 5.5.1 No\r\n"})
+    (warning,) = check(rehearse, {"OutAddress": server.address})
+    assert greeting.decode().strip() in warning
+
+
+# --- A checksum (RFC 3720 appendix B.4) ---
+
+
+@pytest.mark.parametrize(
+    ("octets", "checksum"),
+    [
+        (bytes(32), "aa36918a"),
+        (b"\xff" * 32, "43aba862"),
+        (bytes(range(32)), "4e79dd46"),
+        (bytes(reversed(range(32))), "5cdb3f11"),
+        (
+            bytes.fromhex(
+                "01c00000 00000000 00000000 00000000 14000000 00000400"
+                " 00000014 00000018 28000000 00000000 02000000 00000000"
+            ),
+            "563a96d9",
+        ),
+        (b"", "00000000"),
+    ],
+)
+def test_crc32c(octets: bytes, checksum: str) -> None:
+    """The vectors have their octets in the order in which they are sent."""
+    assert crc32c(octets).to_bytes(4, "little").hex() == checksum
