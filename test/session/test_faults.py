@@ -3,8 +3,8 @@
 `support/fault_table.py` is the table.  Each of its cells is one mail transaction
 through a real process, played together with others that need the same settings.
 OutAddress is a port alone, so that proxsmtpd connects back to where a client comes
-from: each cell has a loopback address of its own, there a scripted server that breaks as the cell
-says, and, by $CLIENT, a filter of its own.
+from: each cell has a loopback address of its own, there a scripted server that breaks
+as the cell says, and, by $CLIENT, a filter of its own.
 """
 
 from __future__ import annotations

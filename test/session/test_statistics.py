@@ -427,7 +427,7 @@ def test_describe_times(
 def test_last_thousand_times_are_kept() -> None:
     statistics = Statistics()
     for number in range(1500):
-        statistics.note_times(float(number), 0)
+        statistics.note_message("FILTERED", 0, float(number))
     found = parse(statistics.report(0))
     assert found.filter is not None
     assert (found.filter.number, found.filter.longest) == (1000, 1499)
