@@ -494,6 +494,7 @@ def test_listen_on_everything(proxsmtpd: StartDaemon, tmp_path: Path) -> None:
             with RawClient(f"{host}:{port}") as client:
                 assert client.message(MESSAGE) == QUEUED
             assert saved.read_text() == f"{client_address}\n"
+            daemon.wait_log(rf": client={client_address}, from=a@example\.com")
     assert "ffff" not in daemon.log()
 
 
