@@ -27,6 +27,7 @@ from pathlib import Path
 import pytest
 
 from helpers import (
+    PROGRAM,
     Daemon,
     MakeFilter,
     MakeServer,
@@ -1496,4 +1497,73 @@ def test_filter_is_ended_with_the_daemon(
     took = time.monotonic() - begin
     assert took < 3 if signals == 2 else 3 < took < 8
     assert poll(lambda: not any(map(alive, running)), timeout=1)
+    assert server.messages == []
+
+
+DIRECTORIES = {
+    "ends by SIGTERM": "exec sleep 60",
+    "ends by SIGKILL": "trap '' TERM; sleep 60 & wait",
+}
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+@pytest.mark.parametrize("rest", DIRECTORIES.values(), ids=DIRECTORIES)
+def test_directory_in_the_place_of_the_file_at_the_daemons_end(
+    rest: str, signals: int, by_file: StartDaemon, tmp_path: Path
+) -> None:
+    """It goes, too, with all that is in it."""
+    made = tmp_path / "made"
+    os.mkfifo(made)
+    directory = 'rm "$EMAIL"; mkdir "$EMAIL"; echo >"$EMAIL/a"'
+    daemon = by_file(f"{directory}; echo >{made}; {rest}")
+    client = start_message(daemon)
+    made.read_text()
+    (entry,) = daemon.tempdir.iterdir()
+    assert entry.is_dir()
+    daemon.process.send_signal(signal.SIGTERM)
+    if signals == 2:
+        assert poll(lambda: not accepts(daemon))
+        daemon.process.send_signal(signal.SIGTERM)
+    else:
+        assert client.reply() == LOCAL_ERROR
+    assert daemon.wait() == 0
+    assert list(daemon.tempdir.iterdir()) == []
+
+
+# --- A cache file that cannot be read ---
+
+BROKEN_READING = """\
+import errno, os, runpy, sys
+def pread(descriptor, length, offset):
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+os.pread = pread
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+SPILLED = MEGABYTE + 1
+UNREADABLE = {
+    "message": ({"FilterCommand": "cat"}, long_message(2 * MEGABYTE)),
+    "output": ({"FilterCommand": f"head -c {SPILLED} /dev/zero"}, MESSAGE),
+    "file": ({"FilterCommand": "true", "FilterType": "file"}, MESSAGE),
+    "passed": (
+        {"FilterCommand": "cat", "FilterFailure": "pass"},
+        long_message(2 * MEGABYTE),
+    ),
+}
+
+
+@pytest.mark.parametrize(("settings", "message"), UNREADABLE.values(), ids=UNREADABLE)
+def test_cache_file_that_cannot_be_read(
+    settings: Mapping[str, str],
+    message: bytes,
+    proxsmtpd: StartDaemon,
+    server: ScriptedServer,
+) -> None:
+    """The message is deferred, and the log does not blame the writing."""
+    command = [sys.executable, "-c", BROKEN_READING, PROGRAM]
+    daemon = proxsmtpd(settings, program=command)
+    client = daemon.connect(timeout=30)
+    assert client.message(message) == LOCAL_ERROR
+    daemon.wait_log(r": error reading cache file: Input/output error$")
+    daemon.wait_log(r"client=.*, status=(451 Local Error|FILTER-ERROR)$")
+    assert "couldn't write" not in daemon.log()
     assert server.messages == []
