@@ -13,6 +13,7 @@ import os
 import pwd
 import re
 import resource
+import select
 import shutil
 import signal
 import statistics
@@ -1567,3 +1568,32 @@ def test_cache_file_that_cannot_be_read(
     daemon.wait_log(r"client=.*, status=(451 Local Error|FILTER-ERROR)$")
     assert "couldn't write" not in daemon.log()
     assert server.messages == []
+
+
+# --- Other sessions ---
+
+SLEEPERS = 100
+
+
+def test_others_hear_at_once_while_filters_time_out(proxsmtpd: StartDaemon) -> None:
+    """Many that have to be ended at the same time hold up nobody else."""
+    settings = {"FilterCommand": "sleep 60", "FilterTimeout": 1}
+    daemon = proxsmtpd({**settings, "MaxConnections": SLEEPERS + 1}, level=1)
+    other = daemon.connect(timeout=30)
+    other.start()
+    clients = [daemon.connect(timeout=30) for _ in range(SLEEPERS)]
+    for client in clients:
+        client.start()
+        client.expect(b"DATA", b"354")
+    for client in clients:
+        client.send(MESSAGE + b".\r\n")
+    waiting = {client.sock: client for client in clients}
+    longest = 0.0
+    while waiting:
+        begun = time.monotonic()
+        other.expect(b"NOOP", b"250")
+        longest = max(longest, time.monotonic() - begun)
+        answered, _, _ = select.select(list(waiting), [], [], 0.01)
+        for sock in answered:
+            assert waiting.pop(sock).reply() == LOCAL_ERROR
+    assert longest < 1
