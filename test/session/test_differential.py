@@ -56,6 +56,8 @@ def refuse(error: str, status: int = 1) -> str:
     return f"cat >/dev/null\nprintf '{error}' >&2\nexit {status}"
 
 
+# A stage in the background, which writes after the filter's own process has ended.
+LATE = "{ sleep 1; printf 'late\\r\\n'; } &"
 ENVELOPE = ("SENDER", "RECIPIENTS")
 REMOTE = ("REMOTE", "REMOTE_HELO")
 FILE: Mapping[str, object] = {"FilterType": "file"}
@@ -291,6 +293,8 @@ MESSAGES = [
     Dialogue("dots-no-filter", message(b"a: b\r\n\r\n..\r\n...c\r\n..d"), ""),
     Dialogue("dots-seen", message(b"a: b\r\n\r\n..\r\n..c"), "sed -e 's/^/>/'"),
     Dialogue("eight-bit", message(b"a: b\r\n\r\n" + bytes(range(128, 256)))),
+    Dialogue("background-writer", message(), f"cat\n{LATE}"),
+    Dialogue("background-writer-refused", message(), f"{LATE}\n{refuse('554 no')}"),
 ]
 
 VERDICTS = [
@@ -320,6 +324,9 @@ VERDICTS = [
     Dialogue("exit-126", message(), refuse("", 126)),
     Dialogue("exit-127", message(), refuse("", 127)),
     Dialogue("exit-127-coded", message(), refuse("550 5.7.1 No\\n", 127)),
+    Dialogue("exit-75", message(), refuse("", 75)),
+    Dialogue("exit-75-text", message(), refuse("mail disk is away\\n", 75)),
+    Dialogue("exit-75-coded", message(), refuse("450 4.7.1 Later\\n", 75)),
     Dialogue("killed", message(), "cat >/dev/null; kill -9 $$"),
     Dialogue("killed-coded", message(), "cat >/dev/null; echo 554 x >&2; kill $$"),
     Dialogue(

@@ -273,6 +273,7 @@ def test_times_of_each_message(proxsmtpd: StartDaemon, make_server: MakeServer) 
     assert deliver(daemon, STUFFED) == QUEUED
     deliver(daemon, STUFFED, sender=b"<spam@example.com>")
     form = r"proxsmtpd: (\w{6}): took (\S+) s: filter (\S+) s, server (\S+) s$"
+    daemon.wait_log(r"(?s:(?:.*?: took ){2})")  # comes after the reply
     accepted, refused = re.findall(form, daemon.log(), re.M)
     whole, in_filter, at_server = map(float, accepted[1:])
     assert in_filter >= 0.3

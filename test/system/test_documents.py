@@ -35,7 +35,7 @@ from helpers import (
     requires,
     reserve_port,
 )
-from postfix import POSTFIX, PrivatePostfix, Service, smtpd
+from postfix import POSTFIX, PrivatePostfix, Service, require_root, smtpd
 from smtp import ScriptedServer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -411,6 +411,7 @@ def test_postfix_example_of_the_manual_filters(
     title: str, proxsmtpd: StartDaemon, filter_script: MakeFilter
 ) -> None:
     """Mail goes through, the filter knows the client, and can refuse."""
+    require_root()
     with ExitStack() as held:
         free = [port_of(held.enter_context(reserve_port())) for _ in range(3)]
         check_postfix_example(title, free, proxsmtpd, filter_script)

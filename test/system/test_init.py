@@ -666,3 +666,32 @@ def test_daemon_tells_its_parent_only(
     assert b"NOTIFY_SOCKET=" not in saved.read_bytes()
     daemon.end()
     assert manager.has_nothing()
+
+
+# --- status_of_proc of the LSB functions ---
+
+
+@on_a_machine(("sysvinit-utils", LSB_FUNCTIONS))
+@pytest.mark.parametrize("option", ["", "-p /run/other.pid"], ids=["", "p"])
+def test_status_of_proc(option: str, site: Site) -> None:
+    """It finds the daemon by its name and by its pid file, and that it is gone."""
+    path = site.configure("first", {"PidFile": "/run/other.pid"})
+
+    def status() -> tuple[int, str]:
+        script = f'. {LSB_FUNCTIONS}; status_of_proc {option} "$1" proxsmtpd'
+        done = site.machine.run(script, site.program)
+        said = re.match(r"proxsmtpd is (not )?running", done.stdout)
+        assert said, done
+        return done.returncode, said[0]
+
+    stopped = 3, "proxsmtpd is not running"
+    assert status() == stopped
+    site.machine.output('"$1" -f "$2"', site.program, path)
+    assert status() == (0, "proxsmtpd is running")
+    site.machine.output("kill $(cat /run/other.pid)")
+    assert poll(lambda: not site.processes())
+    assert status() == stopped
+    site.machine.output('"$1" -f "$2"', site.program, path)
+    site.kill()
+    # 1 stands for "dead, and its pid file exists", in the LSB.
+    assert status() == ((1, stopped[1]) if option else stopped)

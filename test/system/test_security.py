@@ -248,12 +248,13 @@ def test_file_filter_leaves_no_file(
 # --- The pid file ---
 
 
-@as_root
 @pytest.mark.parametrize("what", PLANT)
 def test_planted_pid_file(what: str, trap: Trap, proxsmtpd: StartDaemon) -> None:
     """It is replaced by one of ours, in a directory where all may write."""
     planted(trap, what)
-    if what == "fifo":  # root's own would be written to
+    if what == "fifo":  # our own would be written to
+        if os.geteuid() != 0:
+            pytest.skip("needs root")
         os.chown(trap.path, some_user().pw_uid, -1)
     daemon = proxsmtpd({"PidFile": trap.path}, level=1)
     status = trap.path.lstat()
