@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import cast
 
 import pytest
 
-from comparison import ORIGINAL, SIDES, Account, Dialogue, play
+from comparison import ORIGINAL, SIDES, Dialogue, play
 from helpers import program_under_test, requires
 from smtp import Close, Reply, Reset
 
@@ -649,11 +649,6 @@ DIFFERENCES = list(read_table(TABLE.read_text("utf-8")))
 
 # --- The comparison ---
 
-# Dialogues that are played at once.
-PLAYERS = 8
-
-Accounts = Mapping[str, list[Future[Account]]]
-
 
 def change(side: str, original: Sequence[str], ours: Sequence[str]) -> list[str]:
     """Give the lines that only the original's account of a side has, with `-`, and
@@ -671,21 +666,11 @@ def listed(dialogue: str, side: str) -> list[str]:
     return removed + [f"{side} +{line}" for row in rows for line in row.ours]
 
 
-@pytest.fixture(scope="module")
-def accounts(request: pytest.FixtureRequest) -> Iterator[Accounts]:
-    """Play the chosen dialogues side by side: the original mostly waits."""
-    tests = [i for i in request.session.items if isinstance(i, pytest.Function)]
-    calls = [t.callspec.params for t in tests if t.function is test_dialogue]
-    chosen = [cast("Dialogue", call["dialogue"]) for call in calls]
-    pool = ThreadPoolExecutor(PLAYERS)
-    programs = [ORIGINAL], program_under_test()
-    yield {d.name: [pool.submit(play, d, p) for p in programs] for d in chosen}
-    pool.shutdown(cancel_futures=True)
-
-
 @pytest.mark.parametrize("dialogue", DIALOGUES, ids=[d.name for d in DIALOGUES])
-def test_dialogue(dialogue: Dialogue, accounts: Accounts) -> None:
-    original, ours = (account.result() for account in accounts[dialogue.name])
+def test_dialogue(dialogue: Dialogue) -> None:
+    with ThreadPoolExecutor() as pool:  # at once: the original mostly waits
+        programs = [ORIGINAL], program_under_test()
+        original, ours = pool.map(partial(play, dialogue), programs)
     found, expected = "", ""
     for side in SIDES:
         lines = change(side, getattr(original, side), getattr(ours, side))

@@ -195,7 +195,6 @@ class Theatre:
                 **SETTINGS[way],
                 **settings,
             },
-            level=3,
             **options,
         )
         self.pid = self.daemon.process.pid

@@ -68,9 +68,10 @@ def on_a_machine(*needed: tuple[str, str]) -> Callable[[Test], Test]:
 class Site:
     """A machine with our program, its configurations, and a server for the mail."""
 
-    def __init__(self, host: Machine, place: Path, server: ScriptedServer) -> None:
-        self.machine, self.server = host, server
-        self.program = place / "root" / PROGRAM
+    def __init__(
+        self, host: Machine, program: Path, place: Path, server: ScriptedServer
+    ) -> None:
+        self.machine, self.program, self.server = host, program, server
         self.configurations = place / "conf"
         self.configurations.mkdir()
 
@@ -143,10 +144,17 @@ class Site:
         return False
 
 
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program as `make install` leaves it; nobody writes to it."""
+    root = tmp_path_factory.mktemp("root")
+    make("install", root, python=SYSTEM_PYTHON)
+    return root / PROGRAM
+
+
 @pytest.fixture
-def site(tmp_path: Path, make_server: MakeServer) -> Iterator[Site]:
+def site(installed: Path, tmp_path: Path, make_server: MakeServer) -> Iterator[Site]:
     """A machine on which nothing runs yet."""
-    make("install", tmp_path / "root", python=SYSTEM_PYTHON)
     with ExitStack() as at_end:
         try:
             host = at_end.enter_context(machine())
@@ -154,7 +162,7 @@ def site(tmp_path: Path, make_server: MakeServer) -> Iterator[Site]:
             pytest.skip(f"no machine can be made: {error}")
         with host.network.inside():
             server = make_server(port=SERVER_PORT)
-        yield Site(host, tmp_path, server)
+        yield Site(host, installed, tmp_path, server)
 
 
 # --- Debian's init script ---

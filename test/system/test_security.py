@@ -256,7 +256,7 @@ def test_planted_pid_file(what: str, trap: Trap, proxsmtpd: StartDaemon) -> None
         if os.geteuid() != 0:
             pytest.skip("needs root")
         os.chown(trap.path, some_user().pw_uid, -1)
-    daemon = proxsmtpd({"PidFile": trap.path}, level=1)
+    daemon = proxsmtpd({"PidFile": trap.path})
     status = trap.path.lstat()
     assert stat.S_ISREG(status.st_mode)
     assert stat.S_IMODE(status.st_mode) == 0o644
@@ -319,7 +319,7 @@ def test_pid_file_of_a_user(what: str, trap: Trap) -> None:
 @pytest.mark.parametrize("what", PLANT_MORE)
 def test_pid_file_exchanged(what: str, trap: Trap, proxsmtpd: StartDaemon) -> None:
     """At its end the daemon leaves alone what is not its own, and does end."""
-    daemon = proxsmtpd({"PidFile": trap.path}, level=1)
+    daemon = proxsmtpd({"PidFile": trap.path})
     trap.path.unlink()
     planted(trap, what)
     before = trap.path.lstat()
