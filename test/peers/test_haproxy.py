@@ -38,7 +38,6 @@ from pathlib import Path
 from typing import Callable, NamedTuple, Optional, Protocol
 
 import pytest
-from test_ledger import QUEUED, Lost, key_and_plan, message_data, say
 
 import proxsmtpd as program
 from haproxy import HAPROXY, HAProxy, listen_section
@@ -53,6 +52,7 @@ from helpers import (
     requires,
     reserve_port,
 )
+from ledger import ACCEPTED, Lost, key_and_plan, message_data, say
 from smtp import Action, RawClient, Recorded, ScriptedServer
 
 needs_haproxy = requires("haproxy", HAPROXY)
@@ -127,7 +127,7 @@ class Store:
         self.data.append(data)
         if any(data.endswith(mark) for mark in self._wanted):
             self._hold()
-        return QUEUED.replace(b"K", key_and_plan(data)[0]) + b"\r\n"
+        return ACCEPTED.replace(b"K", key_and_plan(data)[0]) + b"\r\n"
 
     def _hold(self) -> None:
         self._wanted.clear()
@@ -351,7 +351,7 @@ class Books:
         assert len(stored) <= 1, f"doubled on the way: {attempt.key!r}"
         assert not stored or stored[0] in whole, f"stored otherwise: {attempt.key!r}"
         if attempt.is_accepted:
-            assert attempt.reply == QUEUED.replace(b"K", attempt.key)
+            assert attempt.reply == ACCEPTED.replace(b"K", attempt.key)
             assert stored, f"lost: {attempt.key!r}"
             return "accepted"
         assert attempt.reply in (None, SHUTTING_DOWN), attempt

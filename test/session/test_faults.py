@@ -3,8 +3,8 @@
 `support/fault_table.py` is the table.  Each of its cells is one mail transaction
 through a real process, played together with others that need the same settings.
 OutAddress is a port alone, so that proxsmtpd connects back to where a client comes
-from: each cell has a loopback address of its own, there a scripted server that breaks as the cell
-says, and, by $CLIENT, a filter of its own.
+from: each cell has a loopback address of its own, there a scripted server that breaks
+as the cell says, and, by $CLIENT, a filter of its own.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ import pwd
 import re
 import resource
 import select
-import shutil
 import socket
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -628,17 +626,6 @@ def test_table_is_complete(
 
 
 # --- The machine ---
-
-
-@pytest.fixture
-def place() -> Iterator[Path]:
-    """A directory that every user can get at, with `temp` that all can write to."""
-    path = Path(tempfile.mkdtemp(prefix="proxsmtpd-test-"))
-    path.chmod(0o755)
-    (path / "temp").mkdir()
-    (path / "temp").chmod(0o1777)
-    yield path
-    shutil.rmtree(path)
 
 
 def idle_user() -> str:

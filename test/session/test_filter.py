@@ -27,33 +27,24 @@ from pathlib import Path
 import pytest
 
 from helpers import (
+    LOCAL_ERROR,
+    MEGABYTE,
+    MESSAGE,
+    QUEUED,
     Daemon,
     MakeFilter,
     MakeServer,
     StartDaemon,
+    deliver,
+    long_message,
     marked_processes,
+    on_other_systems_too,
     poll,
+    saved_environment,
+    status_of,
+    verbs,
 )
-from smtp import Delay, RawClient, Recorded, ScriptedServer
-
-MESSAGE = b"Subject: test\r\n\r\nHello\r\n"
-QUEUED = b"250 2.0.0 Ok: queued\r\n"
-LOCAL_ERROR = b"451 Local Error\r\n"
-MEGABYTE = 1 << 20
-
-
-def long_message(size: int) -> bytes:
-    """A message of about so many octets, no two lines of it the same."""
-    lines = (b"%09d" % number + b"." * 60 + b"\r\n" for number in range(size // 71))
-    return b"Subject: long\r\n\r\n" + b"".join(lines)
-
-
-def deliver(daemon: Daemon, data: bytes = MESSAGE, **envelope: object) -> bytes:
-    """Send one message on a connection of its own; returns the reply to its end."""
-    client = daemon.connect(timeout=30)
-    reply = client.message(data, **envelope)  # type: ignore[arg-type]
-    client.quit()
-    return reply
+from smtp import Delay, RawClient, ScriptedServer
 
 
 def start_message(
@@ -65,22 +56,6 @@ def start_message(
     client.expect(b"DATA", b"354")
     client.send(data + b".\r\n")
     return client
-
-
-def verbs(connection: Recorded) -> list[bytes]:
-    """The verbs of all command lines that the server received."""
-    return [line.split(b" ")[0].upper() for line in connection.lines]
-
-
-def status_of(daemon: Daemon) -> str:
-    """What the log says has become of the message."""
-    return daemon.wait_log(r"client=.*, status=(.*)$")[1]
-
-
-def environment(path: Path) -> dict[bytes, bytes]:
-    """The environment that a filter has saved with `cat /proc/self/environ`."""
-    pairs = path.read_bytes().rstrip(b"\0").split(b"\0")
-    return {name: value for name, _, value in (pair.partition(b"=") for pair in pairs)}
 
 
 # --- The verdict ---
@@ -138,6 +113,7 @@ FAILING = {
 }
 
 
+@on_other_systems_too
 @pytest.mark.parametrize("name", REJECTING)
 def test_rejected(
     name: str, proxsmtpd: StartDaemon, server: ScriptedServer, filter_script: MakeFilter
@@ -151,6 +127,7 @@ def test_rejected(
     assert server.messages == []
 
 
+@on_other_systems_too
 @pytest.mark.parametrize("name", FAILING)
 def test_failing(name: str, proxsmtpd: StartDaemon, server: ScriptedServer) -> None:
     daemon = proxsmtpd({"FilterCommand": FAILING[name]})
@@ -160,6 +137,7 @@ def test_failing(name: str, proxsmtpd: StartDaemon, server: ScriptedServer) -> N
     assert status_of(daemon) == "FILTER-ERROR"
 
 
+@on_other_systems_too
 def test_program_that_is_killed(
     proxsmtpd: StartDaemon, server: ScriptedServer, filter_script: MakeFilter
 ) -> None:
@@ -249,7 +227,7 @@ def told(proxsmtpd: StartDaemon, tmp_path: Path) -> Daemon:
 def test_environment(told: Daemon, tmp_path: Path) -> None:
     recipients = (b"<b@example.com>", b"<c@example.com>")
     assert deliver(told, recipients=recipients) == QUEUED
-    seen = environment(tmp_path / "environ")
+    seen = saved_environment(tmp_path / "environ")
     assert seen[b"CLIENT"] == b"127.0.0.1"
     assert seen[b"SERVER"] == b"127.0.0.1"
     assert seen[b"SENDER"] == b"a@example.com"
@@ -277,7 +255,7 @@ def test_paths(name: str, told: Daemon, tmp_path: Path) -> None:
     wire, value = PATHS[name]
     recipient = wire if value != b"<>" else b"<b@example.com>"
     assert deliver(told, sender=wire, recipients=(recipient,)) == QUEUED
-    seen = environment(tmp_path / "environ")
+    seen = saved_environment(tmp_path / "environ")
     assert seen[b"SENDER"] == value
     assert seen[b"RECIPIENTS"] == (value if value != b"<>" else b"b@example.com")
 
@@ -295,7 +273,7 @@ def test_only_accepted_recipients(
     for number, reply in enumerate(replies):
         assert client.command(b"RCPT TO:<%d@example.com>" % number) == reply
     assert client.message(MESSAGE) == QUEUED
-    assert environment(saved)[b"RECIPIENTS"] == b"0@example.com\n2@example.com"
+    assert saved_environment(saved)[b"RECIPIENTS"] == b"0@example.com\n2@example.com"
 
 
 XFORWARDS: Mapping[str, tuple[list[bytes], bytes | None, bytes | None]] = {
@@ -328,12 +306,14 @@ def test_xforward(name: str, told: Daemon, tmp_path: Path) -> None:
         client.expect(b"XFORWARD " + line, b"250")
     client.envelope()
     assert client.message(MESSAGE) == QUEUED
-    seen = environment(tmp_path / "environ")
+    seen = saved_environment(tmp_path / "environ")
     assert seen.get(b"REMOTE") == remote
     assert seen.get(b"REMOTE_HELO") == helo
     client.envelope()
     assert client.message(MESSAGE) == QUEUED
-    assert not {b"REMOTE", b"REMOTE_HELO"} & set(environment(tmp_path / "environ"))
+    assert not {b"REMOTE", b"REMOTE_HELO"} & set(
+        saved_environment(tmp_path / "environ")
+    )
 
 
 def test_xforward_cannot_be_forged(told: Daemon, tmp_path: Path) -> None:
@@ -341,7 +321,9 @@ def test_xforward_cannot_be_forged(told: Daemon, tmp_path: Path) -> None:
     client.start(helo=b"EHLO addr=6.6.6.6")
     client.expect(b"NOOP XFORWARD ADDR=6.6.6.6", b"250")
     assert client.message(MESSAGE) == QUEUED
-    assert not {b"REMOTE", b"REMOTE_HELO"} & set(environment(tmp_path / "environ"))
+    assert not {b"REMOTE", b"REMOTE_HELO"} & set(
+        saved_environment(tmp_path / "environ")
+    )
 
 
 def test_xforward_that_the_server_refuses(
@@ -356,7 +338,7 @@ def test_xforward_that_the_server_refuses(
     client.expect(b"XFORWARD ADDR=192.0.2.7", b"550")
     client.envelope()
     assert client.message(MESSAGE) == QUEUED
-    assert b"REMOTE" not in environment(saved)
+    assert b"REMOTE" not in saved_environment(saved)
 
 
 def test_too_many_recipients(
@@ -374,7 +356,9 @@ def test_too_many_recipients(
         accepted.append(path)
     assert len(b"\n".join([*accepted, path])) > 128 * 1024 - 20
     assert client.message(MESSAGE) == QUEUED
-    assert environment(tmp_path / "environ")[b"RECIPIENTS"] == b"\n".join(accepted)
+    assert saved_environment(tmp_path / "environ")[b"RECIPIENTS"] == b"\n".join(
+        accepted
+    )
     assert len(server.messages[0].recipients) == len(accepted)
     client.envelope(recipients=(b"<%s>" % path,))
     assert client.message(MESSAGE) == QUEUED
@@ -561,6 +545,7 @@ def test_output_that_stays_open_in_silence(
     daemon.wait_log("timeout while listening to filter command$")
 
 
+@on_other_systems_too
 def test_silent_background_process_does_not_hold_up_mail(
     proxsmtpd: StartDaemon,
     server: ScriptedServer,
@@ -617,6 +602,7 @@ def test_filter_may_write_all_before_it_reads(
 # --- FilterTimeout ---
 
 
+@on_other_systems_too
 def test_time_out_ends_the_whole_group(
     proxsmtpd: StartDaemon,
     server: ScriptedServer,
@@ -849,6 +835,7 @@ def test_one_long_line(
     assert server.wait_message().data == b"." + line.replace(b"\r", b" ") + b"\r\n"
 
 
+@on_other_systems_too
 @pytest.mark.parametrize(
     "settings",
     [
@@ -878,6 +865,7 @@ def test_memory_for_standard_error_is_bounded(proxsmtpd: StartDaemon) -> None:
     assert daemon.peak_memory() - before < 16 * MEGABYTE
 
 
+@on_other_systems_too
 def test_nothing_is_left_after_kill(proxsmtpd: StartDaemon) -> None:
     """Spilled mail data has no name, so that even SIGKILL leaves none."""
     daemon = proxsmtpd({"FilterCommand": "cat"})
@@ -1142,6 +1130,7 @@ def test_stray_reply_while_the_filter_runs(
 # --- Many at once ---
 
 
+@on_other_systems_too
 def test_concurrent_messages(proxsmtpd: StartDaemon, server: ScriptedServer) -> None:
     """20 sessions with 5 messages each: nothing lost, doubled or mixed up."""
     daemon = proxsmtpd({"FilterCommand": "cat"}, level=3)
@@ -1473,6 +1462,7 @@ def test_stubborn_filter_at_the_daemons_end(
     assert server.messages == []
 
 
+@on_other_systems_too
 @pytest.mark.parametrize("signals", [1, 2])
 def test_filter_is_ended_with_the_daemon(
     signals: int, proxsmtpd: StartDaemon, server: ScriptedServer, tmp_path: Path

@@ -21,7 +21,6 @@ import contextlib
 import functools
 import os
 import random
-import re
 import signal
 import threading
 from collections import Counter, deque
@@ -44,6 +43,7 @@ from helpers import (
     port_of,
     reserve_port,
 )
+from ledger import ACCEPTED, Lost, key_and_plan, message_data, say
 from smtp import Action, RawClient, Recorded, Reset, ScriptedServer
 
 SEED = os.environ.get("LEDGER_SEED", "1")
@@ -53,7 +53,6 @@ ALL_DONE = 60.0  # seconds in which a disturbance must come to its end
 SESSION = 4  # messages that a client sends at most before it connects anew
 SIZES = (*(80, 3_000, 60_000) * 6, 1_500_000)
 
-QUEUED = b"250 2.0.0 K queued"
 ERROR = b"451 Local Error"
 SERVER_LOST = b"421 Connection to server lost"
 NO_SERVER = b"421 Server not available"
@@ -73,7 +72,7 @@ class Plan(NamedTuple):
 
 
 PLANS = {
-    "pass": Plan(20, QUEUED),
+    "pass": Plan(20, ACCEPTED),
     "drop": Plan(4, b"250 2.0.0 K dropped", by_filter=True),
     "reject": Plan(3, b"550 Content Rejected; K is no good", by_filter=True),
     "defer": Plan(2, b"450 4.7.1 K later", by_filter=True),
@@ -121,10 +120,6 @@ KINDS: Sequence[dict[str, object]] = (
 )
 
 
-class Lost(Exception):
-    """The connection has ended without a word."""
-
-
 @dataclass
 class Attempt:
     """One try at one message, and what its client knows of it."""
@@ -150,22 +145,8 @@ class Attempt:
     def expected(self) -> bytes:
         """What the client hears to its data when nothing but the plan comes."""
         plan = PLANS[self.plan]
-        reply = QUEUED if plan.by_filter and not self.is_filtered else plan.reply
+        reply = ACCEPTED if plan.by_filter and not self.is_filtered else plan.reply
         return reply.replace(b"K", self.key)
-
-
-def message_data(key: bytes, plan: str, size: int) -> bytes:
-    """A message as on the wire, with what the filter and the server go by."""
-    head = b"X-Key: %s\r\nX-Plan: %s\r\n\r\n" % (key, plan.encode())
-    line = b".." + key + b" was here\r\n"
-    return head + line * (size // len(line) + 1)
-
-
-def key_and_plan(data: bytes) -> tuple[bytes, str]:
-    """What `message_data` was made with."""
-    found = re.match(rb"X-Key: (\S+)\r\nX-Plan: (\S+)\r\n", data)
-    assert found, data[:200]
-    return found[1], found[2].decode()
 
 
 # --- The server ---
@@ -204,7 +185,7 @@ class Sink:
             self._hold()
         if plan == "server-stores-and-dies":
             return Reset()
-        return QUEUED.replace(b"K", key) + b"\r\n"
+        return ACCEPTED.replace(b"K", key) + b"\r\n"
 
     def _hold(self) -> None:
         self._trap.clear()
@@ -412,16 +393,6 @@ class Load:
     def close(self) -> None:
         for gate in self._open_gates:
             os.close(gate)
-
-
-def say(client: RawClient, octets: bytes) -> bytes:
-    """Send something and hear the reply, without its last CRLF."""
-    # What was said before the connection broke is there to be read still.
-    with contextlib.suppress(ConnectionError):
-        client.send(octets)
-    if client.at_end():
-        raise Lost
-    return client.reply()[:-2]
 
 
 # --- The books ---

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Callable, Optional
 
 import pytest
-from test_filter import long_message, status_of, verbs
 
-from helpers import Daemon, MakeServer, StartDaemon
+from helpers import Daemon, MakeServer, StartDaemon, long_message, status_of, verbs
 from proxsmtpd import Reply, rewrite_hello, smaller_limit, take_size
 from smtp import RawClient, ScriptedServer, multiline
 

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from test_filter import deliver
 
-from helpers import Daemon, MakeServer, StartDaemon, poll
+from helpers import Daemon, MakeServer, StartDaemon, deliver, poll
 from proxsmtpd import Statistics, describe_times
 from smtp import Delay, ScriptedServer
 

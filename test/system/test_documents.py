@@ -28,6 +28,7 @@ import pytest
 import proxsmtpd as program
 from haproxy import HAPROXY, LISTEN
 from helpers import (
+    ROOT,
     MakeFilter,
     StartDaemon,
     port_of,
@@ -35,56 +36,14 @@ from helpers import (
     requires,
     reserve_port,
 )
+from manual import items, read, rendered, section, unescaped
 from postfix import POSTFIX, PrivatePostfix, Service, smtpd
 from smtp import ScriptedServer
 
-ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = ("proxsmtpd.8", "proxsmtpd.conf.5", "README", "proxsmtpd.conf.sample")
 SETTING_NAMES = {setting.name for setting in program.SETTINGS}
 DEFAULTS = {setting.name: setting.default for setting in program.SETTINGS}
 MESSAGE = b"From: a@example.com\r\nSubject: Hello\r\n\r\nSubject: not a header\r\n"
-
-
-def read(name: str) -> str:
-    """A document's text."""
-    return (ROOT / name).read_text()
-
-
-def rendered(text: str) -> str:
-    r"""mdoc source as plain text: without macros, quotation marks and escapes."""
-    lines = []
-    for line in text.splitlines():
-        if line.startswith('.\\"'):
-            continue
-        words = line.split()
-        if line.startswith("."):
-            words = [w for w in words[1:] if not re.fullmatch("[A-Z][a-z]", w)]
-        lines.append(" ".join(words))
-    return unescaped(" ".join(lines)).replace('"', "")
-
-
-def unescaped(text: str) -> str:
-    r"""mdoc's escapes resolved: ``\e``, ``\&``, ``\(dq`` and ``\(ga``."""
-    for escape, meaning in {"\\&": "", "\\(dq": '"', "\\(ga": "`", "\\e": "\\"}.items():
-        text = text.replace(escape, meaning)
-    return text
-
-
-def section(name: str, title: str) -> str:
-    """The source of one section of a manual."""
-    found = re.search(
-        rf'^\.S[hs] "?{re.escape(title)}"?\n(.*?)(?=^\.S[hs] |\Z)',
-        read(name),
-        re.M | re.S,
-    )
-    assert found, f"{name} has no section {title}"
-    return found[1]
-
-
-def items(source: str, macro: str) -> list[str]:
-    """The first arguments of a list's items, for items that begin with a macro."""
-    found = re.findall(rf'^\.It {macro} (?:"(.+?)"|(\S+))', source, re.M)
-    return [quoted or plain for quoted, plain in found]
 
 
 def literal_blocks(name: str) -> list[str]:

@@ -22,19 +22,23 @@ from subprocess import CompletedProcess
 from typing import Callable, NamedTuple, TypeVar
 
 import pytest
-from test_daemon import MESSAGE, QUEUED, Detach, DetachedFactory, as_root, send
-from test_install import PROGRAM, make
 
+from detached import Detach, DetachedFactory
 from helpers import (
     MARKER,
+    MESSAGE,
     PATIENCE,
+    QUEUED,
     MakeServer,
     StartDaemon,
+    as_root,
     poll,
     requires,
+    send,
     settings_text,
 )
 from initscripts import Machine, machine
+from install import INSTALLED, make
 from smtp import RawClient, ScriptedServer
 
 SYSTEM_PYTHON = "/usr/bin/python3"  # which other users can run as well
@@ -70,7 +74,7 @@ class Site:
 
     def __init__(self, host: Machine, place: Path, server: ScriptedServer) -> None:
         self.machine, self.server = host, server
-        self.program = place / "root" / PROGRAM
+        self.program = place / "root" / INSTALLED
         self.configurations = place / "conf"
         self.configurations.mkdir()
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple, Protocol, Union
 
 import pytest
-from test_filter import environment
-from test_modes import (
+
+from filter_cases import (
     FAILURES,
     FIELD,
     HEADER,
@@ -31,9 +31,7 @@ from test_modes import (
     applicable,
     both,
     settings_of,
-    stuffed,
 )
-
 from helpers import (
     MARKER,
     TRACEBACK,
@@ -43,7 +41,9 @@ from helpers import (
     marked_processes,
     poll,
     program_under_test,
+    saved_environment,
     settings_text,
+    stuffed,
     write_config,
 )
 from proxsmtpd import crc32c, envelope_of, printable, to_octets
@@ -676,7 +676,7 @@ def test_what_is_shown_is_what_the_filter_has(
     settings = {"FilterCommand": command, "FilterType": "file"}
     result = rehearse(settings, MESSAGE, env=given)
     assert result.counts == {"passed": 1}
-    found = environment(saved)
+    found = saved_environment(saved)
     shown = {
         name: "\n".join(printable(line) for line in found[name.encode()].split(b"\n"))
         for name in (*EXAMPLES, "SERVER", "TMPDIR", "EMAIL")
@@ -696,7 +696,7 @@ def test_variable_that_the_caller_has_emptied(
     command = f"cat /proc/self/environ >{saved}; cat"
     result = rehearse({"FilterCommand": command}, MESSAGE, env=empty)
     assert not result.only.environment.keys() & empty.keys()
-    assert not environment(saved).keys() & {b"REMOTE", b"REMOTE_HELO"}
+    assert not saved_environment(saved).keys() & {b"REMOTE", b"REMOTE_HELO"}
 
 
 @pytest.mark.parametrize(
@@ -820,7 +820,7 @@ def test_daemon_says_the_same(
             assert reply.decode() == told.reply + "\r\n"
             assert len(server.messages) == accepted
         found, expected = (
-            environment(stage.place / f"{who}.{name}")
+            saved_environment(stage.place / f"{who}.{name}")
             for who in ("rehearsal", "daemon")
         )
         assert found.keys() | {MARKER.encode()} == expected.keys()

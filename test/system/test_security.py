@@ -18,31 +18,27 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 import pytest
-import test_daemon
-from test_daemon import (
-    Detach,
-    as_root,
-    fake_devices,
-    mounted,
-    some_user,
-    with_mounts,
-)
 
 import proxsmtpd as program
+from detached import Detach
 from helpers import (
     MARKER,
     PATIENCE,
     Daemon,
     MakeServer,
     StartDaemon,
+    as_root,
+    fake_devices,
+    mounted,
     poll,
     port_of,
     program_under_test,
     reserve_port,
+    run,
+    some_user,
+    with_mounts,
 )
 from smtp import Action, Close, Handler, RawClient, ScriptedServer
-
-place, detach = test_daemon.place, test_daemon.detach  # fixtures
 
 MESSAGE = b"Subject: test\r\n\r\nHello\r\n"
 QUEUED = b"250 2.0.0 Ok: queued\r\n"
@@ -275,7 +271,7 @@ def test_directory_in_place_of_the_pid_file(
         config = place / "conf"
         listen = f"127.0.0.1:{port_of(holder)}"
         config.write_text(f"OutAddress: {server.address}\nListen: {listen}\n")
-        result = test_daemon.run("-f", config, "-p", trap.path)
+        result = run("-f", config, "-p", trap.path)
     assert result.returncode == 1
     assert f"couldn't open pid file: {trap.path}: " in result.stderr
     assert list(trap.path.parent.iterdir()) == [trap.path]

@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 import pytest
-from test_daemon import mounted, with_mounts
-from test_documents import section, unescaped
 
 import proxsmtpd as program
 from helpers import (
@@ -31,12 +29,15 @@ from helpers import (
     Daemon,
     MakeServer,
     StartDaemon,
+    mounted,
     poll,
     port_of,
     program_under_test,
     requires,
     reserve_port,
+    with_mounts,
 )
+from manual import section, unescaped
 from namespaces import (
     FAMILIES,
     IPV4,
