@@ -42,6 +42,8 @@ import pytest
 import proxsmtpd as program
 from haproxy import HAPROXY, HAProxy, listen_section
 from helpers import (
+    GREETING,
+    MESSAGE,
     Daemon,
     MakeFilter,
     MakeServer,
@@ -66,8 +68,6 @@ PATIENCE = 60.0
 
 NAMES = ("a", "b")
 SHUTTING_DOWN = b"421 Service shutting down"
-GREETING = b"220 smtp.passthru ESMTP\r\n"
-MESSAGE = b"Subject: Hello\r\n\r\nHello\r\n"
 
 
 def mark_of(name: str) -> bytes:

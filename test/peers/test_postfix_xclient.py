@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
-from helpers import Daemon, StartDaemon, port_of, requires, reserve_port
+from helpers import MESSAGE, Daemon, StartDaemon, port_of, requires, reserve_port
 from postfix import POSTFIX, RECIPIENT, SENDER, PrivatePostfix, require_root, smtpd
 from smtp import RawClient
 
@@ -52,7 +52,6 @@ SMTPDS: Mapping[str, Mapping[str, str]] = {
 HELLO = b"EHLO far.example"
 MAIL = f"MAIL FROM:<{SENDER}>".encode()
 RCPT = f"RCPT TO:<{RECIPIENT}>".encode()
-MESSAGE = b"Subject: offer\r\n\r\ncheap watches\r\n"
 DID_NOT_ACCEPT = "server didn't (accept|offer) XCLIENT$"
 
 

@@ -29,7 +29,17 @@ import pytest
 
 import fault_table
 from fault_table import Cell
-from helpers import MARKER, PATIENCE, StartDaemon, poll, port_of, reserve_port
+from helpers import (
+    MARKER,
+    MEGABYTE,
+    PATIENCE,
+    StartDaemon,
+    as_root,
+    open_files,
+    poll,
+    port_of,
+    reserve_port,
+)
 from smtp import (
     EXTENSIONS,
     Action,
@@ -57,7 +67,6 @@ PATIENT = {"TimeOut": 30, "FilterTimeout": 30}
 # A NOOP, too, comes after a second.
 IMPATIENT = ({"TimeOut": 1, "FilterTimeout": 1}, {"TimeOut": 2, "FilterTimeout": 9})
 
-MEGABYTE = 1 << 20
 HEADER = b"Subject: test\r\n\r\n"
 LINES = b"".join(b"%070d\r\n" % number for number in range(40_000))
 BODIES = {"short": b"Hello\r\n", "long": LINES, "huge": LINES * 3}
@@ -285,16 +294,9 @@ def footprint(pid: int) -> dict[str, list[str]]:
     process = Path(f"/proc/{pid}")
     return {
         "threads": sorted(os.listdir(process / "task")),
-        "descriptors": sorted(open_files(process)),
+        "descriptors": sorted(open_files(pid).values()),
         "children": [child for child in os.listdir("/proc") if parent(child) == pid],
     }
-
-
-def open_files(process: Path) -> Iterator[str]:
-    """What a process has open, whatever the numbers."""
-    for link in (process / "fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # Closed meanwhile.
-            yield os.readlink(link)
 
 
 def parent(process: str) -> int:
@@ -640,7 +642,7 @@ def idle_user() -> str:
 
 
 @contextlib.contextmanager
-def mounted(where: Path, size: str) -> Iterator[None]:
+def small_file_system(where: Path, size: str) -> Iterator[None]:
     """A small file system there; when it ends, nothing of it may be in use."""
     options = f"mode=1777,size={size}"
     command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(where)]
@@ -676,7 +678,7 @@ def read_only(directory: Path, _pid: int) -> Iterator[None]:
 @contextlib.contextmanager
 def full(directory: Path, _pid: int) -> Iterator[None]:
     """Its file system has no block left."""
-    with mounted(directory, "64k"):
+    with small_file_system(directory, "64k"):
         with contextlib.suppress(OSError):
             (directory / FILLING).write_bytes(bytes(MEGABYTE))
         yield
@@ -685,7 +687,7 @@ def full(directory: Path, _pid: int) -> Iterator[None]:
 @contextlib.contextmanager
 def small(directory: Path, _pid: int) -> Iterator[None]:
     """Its file system is smaller than a long message."""
-    with mounted(directory, "2m"):
+    with small_file_system(directory, "2m"):
         yield
 
 
@@ -707,8 +709,6 @@ def limit(pid: int, kind: int, number: int) -> Iterator[None]:
 
 
 FILLING = "filling"
-IS_ROOT = os.geteuid() == 0
-as_root = pytest.mark.skipif(not IS_ROOT, reason="needs root")
 DISK_FAULTS: Mapping[str, Callable[[Path, int], Condition]] = {
     "missing": missing,
     "read-only": read_only,
@@ -728,7 +728,7 @@ DISK_FAULTS: Mapping[str, Callable[[Path, int], Condition]] = {
 )
 def test_disk(way: str, what: str, proxsmtpd: StartDaemon, place: Path) -> None:
     settings = {**PATIENT, "TempDirectory": place / "temp"}
-    if IS_ROOT and what != "limited":  # which holds for root too
+    if os.geteuid() == 0 and what != "limited":  # which holds for root too
         settings["User"] = idle_user()
     with contextlib.closing(Theatre(proxsmtpd, way, place, settings)) as theatre:
         for cell in fault_table.disk_cells():

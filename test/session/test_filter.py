@@ -31,14 +31,17 @@ from helpers import (
     MEGABYTE,
     MESSAGE,
     QUEUED,
+    STALE_ENVIRONMENT,
     Daemon,
     MakeFilter,
     MakeServer,
     StartDaemon,
     deliver,
+    is_alive,
     long_message,
     marked_processes,
     on_other_systems_too,
+    open_files,
     poll,
     saved_environment,
     status_of,
@@ -211,16 +214,13 @@ def test_rejection_is_logged_with_its_words(proxsmtpd: StartDaemon) -> None:
 
 # --- What the filter is told ---
 
-NAMES = ("CLIENT", "SERVER", "SENDER", "RECIPIENTS", "REMOTE", "REMOTE_HELO")
-STALE = dict.fromkeys((*NAMES, "EMAIL", "TMPDIR"), "stale")
-
 
 @pytest.fixture
 def told(proxsmtpd: StartDaemon, tmp_path: Path) -> Daemon:
     """A daemon whose filter saves its environment in `environ` beside its config."""
     saved = tmp_path / "environ"
     command = f"cat /proc/self/environ > {saved}; cat"
-    environ = {**STALE, "KEPT": "kept"}
+    environ = {**STALE_ENVIRONMENT, "KEPT": "kept"}
     return proxsmtpd({"FilterCommand": command}, env=environ)
 
 
@@ -525,7 +525,7 @@ def test_output_is_read_to_its_end(
     message = long_message(MEGABYTE // 32)  # a pipe holds it
     with start_message(daemon, data=message) as client:
         pid = int(daemon.wait_log(r"executed filter command: .* \(pid: (\d+)\)")[1])
-        assert poll(lambda: not alive(pid))
+        assert poll(lambda: not is_alive(pid))
         assert server.messages == []
         go.write_text("go\n")
         assert client.reply() == QUEUED
@@ -541,7 +541,7 @@ def test_output_that_stays_open_in_silence(
     daemon = proxsmtpd({"FilterCommand": command, "FilterTimeout": 1})
     assert deliver(daemon) == LOCAL_ERROR
     assert server.messages == []
-    assert not alive(int(pid.read_text()))
+    assert not is_alive(int(pid.read_text()))
     daemon.wait_log("timeout while listening to filter command$")
 
 
@@ -569,17 +569,7 @@ def end_process(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:
         return
-    assert poll(lambda: not alive(pid))
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs (a zombie does not)."""
-    try:
-        return (
-            Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-        )
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    assert poll(lambda: not is_alive(pid))
 
 
 def test_filter_need_not_read_its_input(
@@ -624,7 +614,7 @@ def test_time_out_ends_the_whole_group(
     assert 1 <= time.monotonic() - begin < 6
     assert told.read_text() == "TERM\n"
     group = [int(pid) for pid in pids.read_text().split()]
-    assert poll(lambda: not any(map(alive, group)), timeout=1)
+    assert poll(lambda: not any(map(is_alive, group)), timeout=1)
     assert server.messages == []
     assert status_of(daemon) == "FILTER-ERROR"
 
@@ -643,7 +633,7 @@ time.sleep(60)
     begin = time.monotonic()
     assert deliver(daemon) == LOCAL_ERROR
     assert time.monotonic() - begin < 6
-    assert not alive(int(pid.read_text()))
+    assert not is_alive(int(pid.read_text()))
 
 
 def test_time_out_of_a_filter_that_has_stopped_itself(
@@ -873,22 +863,10 @@ def test_nothing_is_left_after_kill(proxsmtpd: StartDaemon) -> None:
     client.start()
     client.expect(b"DATA", b"354")
     client.send(long_message(8 * MEGABYTE))
-    spilled = re.escape(str(daemon.tempdir))
-    assert poll(lambda: any(re.match(spilled, name) for name in open_files(daemon)))
+    spilled, pid = re.escape(str(daemon.tempdir)), daemon.process.pid
+    assert poll(lambda: re.search(spilled, str(open_files(pid))))
     assert daemon.stop(signal.SIGKILL) == -signal.SIGKILL
     assert list(daemon.tempdir.iterdir()) == []
-
-
-def open_files(daemon: Daemon) -> list[str]:
-    """The names of what a process has open."""
-    links = Path(f"/proc/{daemon.process.pid}/fd").iterdir()
-    names = []
-    for link in links:
-        try:
-            names.append(os.readlink(link))
-        except FileNotFoundError:
-            continue  # Closed meanwhile.
-    return names
 
 
 @pytest.mark.parametrize("kind", ["pipe", "file"])
@@ -1241,7 +1219,7 @@ def test_stop_of_the_filter_and_the_daemon(
         os.kill(daemon.process.pid, signal.SIGSTOP)
         for name in order:
             os.kill(pids[name], signal.SIGTERM)
-        assert poll(lambda: not alive(pids["filter"]))
+        assert poll(lambda: not is_alive(pids["filter"]))
         os.kill(daemon.process.pid, signal.SIGCONT)
         assert client.reply() == reply
     assert daemon.wait() == 0
@@ -1458,7 +1436,7 @@ def test_stubborn_filter_at_the_daemons_end(
     client.close()
     assert daemon.wait() == 0
     assert status_of(daemon) == "FILTER-ERROR"
-    assert not any(map(alive, running))
+    assert not any(map(is_alive, running))
     assert server.messages == []
 
 
@@ -1485,5 +1463,5 @@ def test_filter_is_ended_with_the_daemon(
     assert daemon.wait() == 0
     took = time.monotonic() - begin
     assert took < 3 if signals == 2 else 3 < took < 8
-    assert poll(lambda: not any(map(alive, running)), timeout=1)
+    assert poll(lambda: not any(map(is_alive, running)), timeout=1)
     assert server.messages == []

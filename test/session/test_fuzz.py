@@ -36,6 +36,8 @@ from typing import Callable, NamedTuple
 import pytest
 
 from helpers import (
+    LOCAL_ERROR,
+    MEGABYTE,
     PATIENCE,
     PROGRAM,
     Daemon,
@@ -45,6 +47,7 @@ from helpers import (
     marked_processes,
     poll,
     program_under_test,
+    unstuffed,
 )
 from smtp import (
     END_OF_DATA,
@@ -67,7 +70,6 @@ SEED = os.environ.get("FUZZ_SEED", "1")
 ROUNDS = int(os.environ.get("FUZZ_ROUNDS", "150"))
 TOO_FEW = "too few rounds to show anything"
 WORKERS = 8
-MEGABYTE = 1 << 20
 MOST_MEMORY = 64 * MEGABYTE  # at any time, with eight sessions in full swing
 SECRET = hashlib.sha256(f"secret {SEED}".encode()).hexdigest().encode()
 
@@ -82,7 +84,6 @@ EXTENSIONS = (
     *(b"XFORWARD NAME ADDR PROTO HELO SOURCE", b"XCLIENT ADDR NAME PORT HELO PROTO"),
 )
 FILTER_AHEAD = b"354 Start mail input; end with <CRLF>.<CRLF>\r\n"
-ERROR = b"451 Local Error\r\n"
 
 # The digest is over all but line ends and blanks: proxsmtpd mends those behind the
 # filter.  What begins with 0 is dropped, with 1 rejected.
@@ -102,11 +103,6 @@ WHOLE_REPLY = re.compile(rb"(?:([2-5]\d\d)-[^\r\n]*\r\n)*([2-5]\d\d)(?: [^\r\n]*
 ANY_END = re.compile(END_OF_DATA["lenient"])
 QUEUED = re.compile(rb"250 2\.0\.0 (T\d+) queued\r\n")
 DROPPED = re.compile(rb"250 2\.0\.0 ([0-9a-f]{64}) dropped\r\n")
-
-
-def unstuffed(data: bytes) -> bytes:
-    """The message in mail data as on the wire, with its author's own dots."""
-    return re.sub(rb"^\.", b"", data, flags=re.M)
 
 
 def is_stamped(data: bytes) -> bool:
@@ -628,15 +624,15 @@ class Author:
 def verdict(script: Script) -> bytes | None:
     """What the client hears of a filter that did this; None: what the server says."""
     if script.status is None or script.status < 0:
-        return ERROR
+        return LOCAL_ERROR
     if script.status == 0:
-        return None if script.output else ERROR
+        return None if script.output else LOCAL_ERROR
     lines = [line.strip() for line in script.errors.split(b"\n") if line.strip()]
     last = lines[-1] if lines else b""
     coded = re.fullmatch(rb"([245]\d\d)(?:([ -])(.*))?", last, re.S)
     # Of sysexits(3), those that speak of the filter, and the shell's own two.
     if not coded and script.status in (*range(69, 76), 78, 126, 127):
-        return ERROR
+        return LOCAL_ERROR
     reply = b"550 Content Rejected" + (b"; " + last if last else b"")
     if coded:
         reply = coded[1] + (b" " + coded[3] if coded[2] else b"")

@@ -35,6 +35,9 @@ from filter_cases import (
     settings_of,
 )
 from helpers import (
+    LOCAL_ERROR,
+    MEGABYTE,
+    QUEUED,
     Daemon,
     MakeServer,
     StartDaemon,
@@ -46,10 +49,6 @@ from helpers import (
     verbs,
 )
 from smtp import RawClient, Recorded, ScriptedServer
-
-MEGABYTE = 1 << 20
-QUEUED = b"250 2.0.0 Ok: queued\r\n"
-LOCAL_ERROR = b"451 Local Error\r\n"
 
 # Dots, 8-bit octets, a NUL, blanks at line ends: nothing of it may change.
 SHORT = (

@@ -8,14 +8,21 @@ from typing import Callable, Optional
 
 import pytest
 
-from helpers import Daemon, MakeServer, StartDaemon, long_message, status_of, verbs
+from helpers import (
+    MEGABYTE,
+    MESSAGE,
+    QUEUED,
+    Daemon,
+    MakeServer,
+    StartDaemon,
+    long_message,
+    status_of,
+    verbs,
+)
 from proxsmtpd import Reply, rewrite_hello, smaller_limit, take_size
 from smtp import RawClient, ScriptedServer, multiline
 
 LIMIT = 1000
-MEGABYTE = 1 << 20
-MESSAGE = b"Subject: test\r\n\r\nHello\r\n"
-QUEUED = b"250 2.0.0 Ok: queued\r\n"
 TOO_LARGE = b"552 Message too large\r\n"
 SIZE = b"SIZE 104857600"
 

@@ -27,7 +27,9 @@ import pytest
 
 import proxsmtpd as program
 from helpers import (
+    MEGABYTE,
     PATIENCE,
+    QUEUED,
     Daemon,
     MakeFilter,
     MakeServer,
@@ -39,7 +41,6 @@ from helpers import (
 from postfix import POSTFIX, PrivatePostfix, smtpd
 from smtp import Action, RawClient, Recorded, Reply, ScriptedServer
 
-QUEUED = b"250 2.0.0 Ok: queued\r\n"
 CRLF = b"\r\n"
 
 
@@ -90,11 +91,6 @@ def pieces(ends: Mapping[str, bytes], cut: int) -> list[bytes]:
         found.append(piece + before + end[:cut])
         piece = end[cut:] + behind
     return [*found, piece]
-
-
-def stuffed(data: bytes) -> bytes:
-    """What a correct client makes of dots behind CRLF, so that it means `data`."""
-    return data.replace(b"\r\n.", b"\r\n..")
 
 
 def cleaned(data: bytes) -> bytes:
@@ -1049,7 +1045,6 @@ DIALOGUE = (
 )
 VERBS = [verb for verb, _ in DIALOGUE]
 SPOKEN = [(verb, line) for verb, line in DIALOGUE if line]
-MEGABYTE = 1 << 20
 LONG_LINE = b"250-" + b"x" * 506 + CRLF
 NO_REPLIES = {
     "code 000": b"000 Ok\r\n",

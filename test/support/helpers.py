@@ -38,12 +38,19 @@ PROGRAM = str(ROOT / "proxsmtpd.py")
 OTHER_SYSTEM = str(Path(__file__).resolve().parent / "other_system.py")
 MARKER = "PROXSMTPD_TEST"
 TRACEBACK = "Traceback (most recent call last)"
-PATIENCE = 10.0
+PATIENCE = 10.0  # seconds for the program
+PEER_PATIENCE = 30.0  # seconds for another package's program
 MEGABYTE = 1 << 20
 
 MESSAGE = b"Subject: test\r\n\r\nHello\r\n"
+GREETING = b"220 smtp.passthru ESMTP\r\n"
 QUEUED = b"250 2.0.0 Ok: queued\r\n"
 LOCAL_ERROR = b"451 Local Error\r\n"
+
+# The variables that a filter gets, as they should never reach it.
+STALE_ENVIRONMENT = dict.fromkeys(
+    "CLIENT SERVER SENDER RECIPIENTS REMOTE REMOTE_HELO EMAIL TMPDIR".split(), "stale"
+)
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -160,6 +167,15 @@ def is_alive(pid: int) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return False
     return words[0] != "Z"
+
+
+def open_files(pid: int) -> dict[Path, str]:
+    """The descriptors of a process, as paths in /proc, and what they are open for."""
+    found = {}
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            found[descriptor] = os.readlink(descriptor)
+    return found
 
 
 def is_listening(address: str) -> bool:
@@ -426,9 +442,19 @@ def long_message(size: int) -> bytes:
     return b"Subject: long\r\n\r\n" + b"".join(lines)
 
 
-def stuffed(message: bytes) -> bytes:
-    """With the dots of the transparency procedure (RFC 5321 4.5.2)."""
-    return message.replace(b"\r\n.", b"\r\n..").replace(b"\r\n\0.", b"\r\n.\0.")
+def stuffed(data: bytes) -> bytes:
+    """Mail data with the dots of the transparency procedure (RFC 5321 4.5.2)."""
+    return re.sub(rb"^(?=\0?\.)", b".", data, flags=re.M)
+
+
+def unstuffed(data: bytes) -> bytes:
+    """Mail data without the dots of the transparency procedure."""
+    return re.sub(rb"^\.", b"", data, flags=re.M)
+
+
+def octetwise(octets: bytes) -> list[bytes]:
+    """The octets one by one."""
+    return [octets[i : i + 1] for i in range(len(octets))]
 
 
 def send(address: str, data: bytes = MESSAGE) -> bytes:

@@ -25,6 +25,7 @@ import pytest
 import proxsmtpd as module
 from detached import Detach
 from helpers import (
+    GREETING,
     MESSAGE,
     PATIENCE,
     QUEUED,
@@ -430,7 +431,7 @@ def test_out_address_is_required(config: Callable[[str], Path]) -> None:
 def greeted(address: str) -> bool:
     """Whether a client of this address is served."""
     with RawClient(address) as client:
-        return client.reply() == b"220 smtp.passthru ESMTP\r\n"
+        return client.reply() == GREETING
 
 
 def test_listen_on_a_port(proxsmtpd: StartDaemon) -> None:
@@ -499,9 +500,7 @@ def test_stale_unix_socket_is_replaced(proxsmtpd: StartDaemon, tmp_path: Path) -
     path = tmp_path / "socket"
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(str(path))
-    assert (
-        proxsmtpd({"Listen": path}).connect().reply() == b"220 smtp.passthru ESMTP\r\n"
-    )
+    assert proxsmtpd({"Listen": path}).connect().reply() == GREETING
 
 
 @pytest.mark.parametrize("kind", ["file", "directory", "link", "fifo"])
@@ -534,7 +533,7 @@ def test_unix_socket_in_use_stays(
     result = run("-d", "1", "-f", config(f"OutAddress: 25\nListen: {path}\n"))
     assert result.returncode == 1
     assert str(path) in result.stderr
-    assert daemon.connect().reply() == b"220 smtp.passthru ESMTP\r\n"
+    assert daemon.connect().reply() == GREETING
 
 
 def test_unix_socket_of_another_instance_stays(
@@ -546,7 +545,7 @@ def test_unix_socket_of_another_instance_stays(
     second = proxsmtpd({"Listen": path})
     second.wait_log("accepting connections$")  # the first one's socket has the name too
     assert first.stop() == 0
-    assert second.connect().reply() == b"220 smtp.passthru ESMTP\r\n"
+    assert second.connect().reply() == GREETING
     assert second.stop() == 0
     assert not path.exists()
 
@@ -860,7 +859,7 @@ def test_ignored_signals(number: int, proxsmtpd: StartDaemon) -> None:
         daemon.process.send_signal(number)
         client.expect(b"NOOP", b"250")
     assert client.message(MESSAGE) == QUEUED
-    assert daemon.connect().reply() == b"220 smtp.passthru ESMTP\r\n"
+    assert daemon.connect().reply() == GREETING
 
 
 @pytest.mark.parametrize("command", ["cat", None], ids=["filtered", "streamed"])
@@ -911,7 +910,7 @@ def test_max_connections(proxsmtpd: StartDaemon) -> None:
         assert late.reply() == BUSY
         assert late.eof()
     first.quit()
-    assert poll(lambda: daemon.connect().reply() == b"220 smtp.passthru ESMTP\r\n")
+    assert poll(lambda: daemon.connect().reply() == GREETING)
 
 
 def test_max_connections_is_64(proxsmtpd: StartDaemon) -> None:
@@ -962,7 +961,7 @@ def test_no_descriptors_left(proxsmtpd: StartDaemon) -> None:
         preexec_fn=limited(resource.RLIMIT_NOFILE, 48),
     )
     served = daemon.connect()
-    assert served.reply() == b"220 smtp.passthru ESMTP\r\n"
+    assert served.reply() == GREETING
     for _ in range(4):  # Threads race for the last descriptor: not one storm alone.
         clients = [daemon.connect() for _ in range(80)]
         served.expect(b"NOOP", b"250")
@@ -996,7 +995,7 @@ def test_no_threads_left(detach: Detach) -> None:
     )
     clients = [RawClient(daemon.address) for _ in range(12)]
     greetings = [client.reply() for client in clients]
-    assert greetings[0] == b"220 smtp.passthru ESMTP\r\n"
+    assert greetings[0] == GREETING
     assert re.fullmatch(rb"421 .+\r\n", greetings[-1])
     for client in clients:
         client.close()

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from helpers import PROGRAM, Daemon, MakeFilter, StartDaemon, poll
+from helpers import PROGRAM, QUEUED, Daemon, MakeFilter, StartDaemon, poll
 
 PROCESSORS = os.sched_getaffinity(0) if sys.platform == "linux" else {0}
-QUEUED = b"250 2.0.0 Ok: queued\r\n"
 
 pytestmark = pytest.mark.skipif(len(PROCESSORS) < 2, reason="needs two processors")
 

@@ -34,6 +34,7 @@ from filter_cases import (
 )
 from helpers import (
     MARKER,
+    QUEUED,
     TRACEBACK,
     MakeServer,
     StartDaemon,
@@ -44,6 +45,7 @@ from helpers import (
     saved_environment,
     settings_text,
     stuffed,
+    unstuffed,
     write_config,
 )
 from proxsmtpd import crc32c, envelope_of, printable, to_octets
@@ -66,7 +68,6 @@ MESSAGE = (
     b"\r\n"
     b"Hello\r\n"
 )
-QUEUED = b"250 2.0.0 Ok: queued\r\n"
 KINDS_OF_END = ("passed", "dropped", "refused", "broken")
 
 
@@ -742,11 +743,6 @@ def playable(kind: str) -> dict[str, str]:
     # Only a command of the configuration can be too long for the system.
     commands = [table[name].command(kind) for name in table if name != "cannot start"]
     return {f"case-{n}@example.com": c for n, c in enumerate(filter(None, commands))}
-
-
-def unstuffed(data: bytes) -> bytes:
-    """Mail data without the dots of the transparency procedure."""
-    return re.sub(rb"^\.", b"", data, flags=re.M)
 
 
 def changes_between(name: str, before: bytes, after: bytes) -> list[str]:

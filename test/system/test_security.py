@@ -22,14 +22,19 @@ import pytest
 import proxsmtpd as program
 from detached import Detach
 from helpers import (
+    LOCAL_ERROR,
     MARKER,
+    MESSAGE,
     PATIENCE,
+    QUEUED,
+    STALE_ENVIRONMENT,
     Daemon,
     MakeServer,
     StartDaemon,
     as_root,
     fake_devices,
     mounted,
+    open_files,
     poll,
     port_of,
     program_under_test,
@@ -40,23 +45,16 @@ from helpers import (
 )
 from smtp import Action, Close, Handler, RawClient, ScriptedServer
 
-MESSAGE = b"Subject: test\r\n\r\nHello\r\n"
-QUEUED = b"250 2.0.0 Ok: queued\r\n"
-LOCAL_ERROR = b"451 Local Error\r\n"
 SECRET = b"nobody else's business\n"
 
 
 # --- Temporary files ---
 
 
-def open_files(pid: int, directory: Path) -> list[Path]:
+def descriptors_in(pid: int, directory: Path) -> list[Path]:
     """The descriptors of a process, in /proc, for files in a directory."""
-    found = []
-    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
-            if os.readlink(descriptor).startswith(f"{directory}/"):
-                found.append(descriptor)
-    return found
+    files = open_files(pid).items()
+    return [path for path, name in files if name.startswith(f"{directory}/")]
 
 
 def test_spooled_mail_has_no_name(proxsmtpd: StartDaemon) -> None:
@@ -67,9 +65,11 @@ def test_spooled_mail_has_no_name(proxsmtpd: StartDaemon) -> None:
     client.expect(b"DATA", b"354")
     client.send(b"0123456789abcde\r\n" * 180_000)
     pid = daemon.process.pid
-    assert poll(lambda: open_files(pid, daemon.tempdir)), "the mail is not in a file"
+    assert poll(lambda: descriptors_in(pid, daemon.tempdir)), (
+        "the mail is not in a file"
+    )
     assert list(daemon.tempdir.iterdir()) == []
-    (spool,) = open_files(pid, daemon.tempdir)
+    (spool,) = descriptors_in(pid, daemon.tempdir)
     status = spool.stat()
     assert stat.S_ISREG(status.st_mode)
     assert stat.S_IMODE(status.st_mode) == 0o600
@@ -78,7 +78,7 @@ def test_spooled_mail_has_no_name(proxsmtpd: StartDaemon) -> None:
     flags = int(re.findall(r"^flags:\s*(\d+)$", info, re.M)[0], 8)
     assert flags & os.O_CLOEXEC
     assert client.command(b".") == QUEUED
-    assert open_files(pid, daemon.tempdir) == []
+    assert descriptors_in(pid, daemon.tempdir) == []
 
 
 def test_names_of_files_for_filters(proxsmtpd: StartDaemon, tmp_path: Path) -> None:
@@ -691,8 +691,6 @@ def test_secrets_are_not_logged(
 
 # --- What the filter inherits ---
 
-GIVEN = ("CLIENT", "SERVER", "SENDER", "RECIPIENTS", "REMOTE", "REMOTE_HELO")
-STALE = dict.fromkeys((*GIVEN, "EMAIL", "TMPDIR"), "stale")
 # A shell's own doing.
 SHELLS = {b"PWD", b"OLDPWD", b"SHLVL", b"_"}
 
@@ -707,7 +705,9 @@ def test_whole_environment(proxsmtpd: StartDaemon, tmp_path: Path) -> None:
     """What the daemon was started with, and our variables in place of stale ones."""
     saved = tmp_path / "environ"
     plain = {"PATH": os.environ["PATH"], "ODD": "a=b\nc\udcff", "EMPTY": ""}
-    given = [f"{name}={value}" for name, value in {**plain, **STALE}.items()]
+    given = [
+        f"{name}={value}" for name, value in {**plain, **STALE_ENVIRONMENT}.items()
+    ]
     keep_mark = f'exec env -i {MARKER}="${MARKER}" "$@"'
     daemon = proxsmtpd(
         {"FilterCommand": f"cat /proc/self/environ > {saved}; cat"},
@@ -736,7 +736,7 @@ def test_what_has_no_value_is_unset(
         "Listen": tmp_path / "client",
         "FilterCommand": f"cat /proc/self/environ > {saved}; cat",
     }
-    daemon = proxsmtpd(settings, server=server, env=STALE)
+    daemon = proxsmtpd(settings, server=server, env=STALE_ENVIRONMENT)
     assert daemon.connect().message(MESSAGE) == QUEUED
     seen = environment(saved)
     assert not {b"CLIENT", b"SERVER", b"REMOTE", b"REMOTE_HELO", b"EMAIL"} & set(seen)
@@ -756,7 +756,7 @@ def test_nothing_of_the_last_message(proxsmtpd: StartDaemon, tmp_path: Path) -> 
     """REMOTE and REMOTE_HELO are one mail transaction's; the null sender is said."""
     saved = tmp_path / "environ"
     command = f"cat /proc/self/environ > {saved}; cat"
-    daemon = proxsmtpd({"FilterCommand": command}, env=STALE)
+    daemon = proxsmtpd({"FilterCommand": command}, env=STALE_ENVIRONMENT)
     for between in BETWEEN:
         client = daemon.connect()
         client.start()
@@ -809,7 +809,9 @@ def test_no_descriptor_is_inherited(
     other.expect(b"DATA", b"354")
     other.send(b"0123456789abcde\r\n" * 180_000)
     pid = daemon.process.pid
-    assert poll(lambda: open_files(pid, daemon.tempdir)), "the mail is not in a file"
+    assert poll(lambda: descriptors_in(pid, daemon.tempdir)), (
+        "the mail is not in a file"
+    )
     assert daemon.connect().message(MESSAGE) == QUEUED
     found = dict(re.findall(r" (\d+) -> (.*)$", saved.read_text(), re.M))
     own = {"0", "1", "2"}

@@ -25,10 +25,13 @@ import pytest
 
 import proxsmtpd as program
 from helpers import (
+    GREETING,
     PROGRAM,
+    QUEUED,
     Daemon,
     MakeServer,
     StartDaemon,
+    as_root,
     mounted,
     poll,
     port_of,
@@ -50,8 +53,6 @@ from namespaces import (
 )
 from smtp import RawClient, ScriptedServer
 
-GREETING = b"220 smtp.passthru ESMTP\r\n"
-QUEUED = b"250 2.0.0 Ok: queued\r\n"
 NO_DESTINATION = b"421 No original destination to connect to\r\n"
 NO_SERVER = b"421 Server not available\r\n"
 MESSAGE = b"Subject: Hello\r\n\r\n" + b"0123456789abcdef" * 4 + b"\r\n"
@@ -68,7 +69,6 @@ ADVICE = (
 TITLES = {"client": "Redirecting, for client", "full": "Diverting, for full"}
 KINDS = tuple(TITLES)
 
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 of_each_kind = pytest.mark.parametrize("kind", KINDS)
 of_each_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
 
