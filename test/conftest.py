@@ -83,7 +83,7 @@ def proxsmtpd(
 
     A configuration without Listen, OutAddress or TempDirectory gets a free port,
     the scripted server and an empty directory.  At the end of the test each daemon
-    must still live (or have been stopped), end when told to, and have left neither
+    must still live (or have been stopped), end at SIGTERM, and have left neither
     a traceback nor a temporary file nor a process.  The fixture's parameter, if it has
     one, is the program's command line; see `on_other_systems`.
     """

@@ -1,6 +1,6 @@
 """Ours against the C original: the same, but for what is meant to differ.
 
-`DIALOGUES` are played to both programs.  The table in differences.txt lists whatever
+Both programs have the same `DIALOGUES`.  The table in differences.txt lists whatever
 may come out differently, under the sentence of the specification that is the reason.
 A difference that is not in the table fails, and so does one in the table that does
 not occur.
@@ -17,7 +17,7 @@ from typing import cast
 
 import pytest
 
-from comparison import ORIGINAL, SIDES, Account, Dialogue, play
+from comparison import ORIGINAL, SIDES, Account, Dialogue, run_dialogue
 from helpers import program_under_test, requires
 from smtp import Close, Reply, Reset
 
@@ -642,8 +642,8 @@ DIFFERENCES = list(read_table(TABLE.read_text("utf-8")))
 
 # --- The comparison ---
 
-# Dialogues that are played at once.
-PLAYERS = 8
+# Dialogues at a time.
+AT_ONCE = 8
 
 Accounts = Mapping[str, list[Future[Account]]]
 
@@ -666,13 +666,13 @@ def listed(dialogue: str, side: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def accounts(request: pytest.FixtureRequest) -> Iterator[Accounts]:
-    """Play the chosen dialogues side by side: the original mostly waits."""
+    """Run the chosen dialogues side by side: the original mostly waits."""
     tests = [i for i in request.session.items if isinstance(i, pytest.Function)]
     calls = [t.callspec.params for t in tests if t.function is test_dialogue]
     chosen = [cast("Dialogue", call["dialogue"]) for call in calls]
-    pool = ThreadPoolExecutor(PLAYERS)
+    pool = ThreadPoolExecutor(AT_ONCE)
     programs = [ORIGINAL], program_under_test()
-    yield {d.name: [pool.submit(play, d, p) for p in programs] for d in chosen}
+    yield {d.name: [pool.submit(run_dialogue, d, p) for p in programs] for d in chosen}
     pool.shutdown(cancel_futures=True)
 
 

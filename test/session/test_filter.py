@@ -1,8 +1,8 @@
 """The filter and what becomes of the message, seen from outside.
 
 Each test runs the real process between a scripted server and a raw client, with a
-filter of its own, and looks at what the client heard, what the server received and
-what the filter saw.
+filter of its own, and looks at the client's replies, what the server received and
+what the filter read.
 """
 
 from __future__ import annotations
@@ -212,11 +212,11 @@ def test_rejection_is_logged_with_its_words(proxsmtpd: StartDaemon) -> None:
     )
 
 
-# --- What the filter is told ---
+# --- The filter's environment ---
 
 
 @pytest.fixture
-def told(proxsmtpd: StartDaemon, tmp_path: Path) -> Daemon:
+def saving(proxsmtpd: StartDaemon, tmp_path: Path) -> Daemon:
     """A daemon whose filter saves its environment in `environ` beside its config."""
     saved = tmp_path / "environ"
     command = f"cat /proc/self/environ > {saved}; cat"
@@ -224,15 +224,15 @@ def told(proxsmtpd: StartDaemon, tmp_path: Path) -> Daemon:
     return proxsmtpd({"FilterCommand": command}, env=environ)
 
 
-def test_environment(told: Daemon, tmp_path: Path) -> None:
+def test_environment(saving: Daemon, tmp_path: Path) -> None:
     recipients = (b"<b@example.com>", b"<c@example.com>")
-    assert deliver(told, recipients=recipients) == QUEUED
+    assert deliver(saving, recipients=recipients) == QUEUED
     seen = saved_environment(tmp_path / "environ")
     assert seen[b"CLIENT"] == b"127.0.0.1"
     assert seen[b"SERVER"] == b"127.0.0.1"
     assert seen[b"SENDER"] == b"a@example.com"
     assert seen[b"RECIPIENTS"] == b"b@example.com\nc@example.com"
-    assert seen[b"TMPDIR"] == os.fsencode(told.tempdir)
+    assert seen[b"TMPDIR"] == os.fsencode(saving.tempdir)
     assert seen[b"KEPT"] == b"kept"
     assert not {b"REMOTE", b"REMOTE_HELO", b"EMAIL"} & set(seen)
 
@@ -251,10 +251,10 @@ PATHS = {
 
 
 @pytest.mark.parametrize("name", PATHS)
-def test_paths(name: str, told: Daemon, tmp_path: Path) -> None:
+def test_paths(name: str, saving: Daemon, tmp_path: Path) -> None:
     wire, value = PATHS[name]
     recipient = wire if value != b"<>" else b"<b@example.com>"
-    assert deliver(told, sender=wire, recipients=(recipient,)) == QUEUED
+    assert deliver(saving, sender=wire, recipients=(recipient,)) == QUEUED
     seen = saved_environment(tmp_path / "environ")
     assert seen[b"SENDER"] == value
     assert seen[b"RECIPIENTS"] == (value if value != b"<>" else b"b@example.com")
@@ -297,9 +297,9 @@ XFORWARDS: Mapping[str, tuple[list[bytes], bytes | None, bytes | None]] = {
 
 
 @pytest.mark.parametrize("name", XFORWARDS)
-def test_xforward(name: str, told: Daemon, tmp_path: Path) -> None:
+def test_xforward(name: str, saving: Daemon, tmp_path: Path) -> None:
     lines, remote, helo = XFORWARDS[name]
-    client = told.connect()
+    client = saving.connect()
     client.start(sender=b"<>", recipients=())
     client.expect(b"RSET", b"250")
     for line in lines:
@@ -316,8 +316,8 @@ def test_xforward(name: str, told: Daemon, tmp_path: Path) -> None:
     )
 
 
-def test_xforward_cannot_be_forged(told: Daemon, tmp_path: Path) -> None:
-    client = told.connect()
+def test_xforward_cannot_be_forged(saving: Daemon, tmp_path: Path) -> None:
+    client = saving.connect()
     client.start(helo=b"EHLO addr=6.6.6.6")
     client.expect(b"NOOP XFORWARD ADDR=6.6.6.6", b"250")
     assert client.message(MESSAGE) == QUEUED
@@ -342,9 +342,9 @@ def test_xforward_that_the_server_refuses(
 
 
 def test_too_many_recipients(
-    told: Daemon, server: ScriptedServer, tmp_path: Path
+    saving: Daemon, server: ScriptedServer, tmp_path: Path
 ) -> None:
-    client = told.connect(timeout=30)
+    client = saving.connect(timeout=30)
     client.start(recipients=())
     accepted = []
     for number in range(200):
@@ -1014,7 +1014,7 @@ def test_header_date(proxsmtpd: StartDaemon, server: ScriptedServer) -> None:
 def test_keep_alives(
     make_server: MakeServer, proxsmtpd: StartDaemon, tmp_path: Path
 ) -> None:
-    """NOOPs while the client sends and while the filter runs; nobody hears of them."""
+    """NOOPs are sent while the client sends and while the filter runs."""
     server = make_server({"NOOP": b"250-kept\r\n250 alive\r\n"})
     go = tmp_path / "go"
     os.mkfifo(go)
@@ -1371,7 +1371,7 @@ def test_what_an_ended_filter_says_is_no_verdict(
 
 
 def test_client_in_its_data_at_the_daemons_end(by_file: StartDaemon) -> None:
-    """When its time is over it is told so, and its file is gone."""
+    """When its time is over it gets SIGTERM, and its file is removed."""
     daemon = by_file("cat")
     client = daemon.connect()
     client.start()
@@ -1424,7 +1424,7 @@ def test_second_signal_leaves_no_file(by_file: StartDaemon, tmp_path: Path) -> N
 def test_stubborn_filter_at_the_daemons_end(
     proxsmtpd: StartDaemon, server: ScriptedServer, tmp_path: Path
 ) -> None:
-    """Whose filter has to be killed is told, and the log has its line."""
+    """A client whose filter has to be killed gets a reply, and the log its line."""
     pids = tmp_path / "pids"
     os.mkfifo(pids)
     command = f"trap '' TERM; sleep 60 & echo $$ $! > {pids}; wait"

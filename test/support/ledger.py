@@ -29,7 +29,7 @@ def key_and_plan(data: bytes) -> tuple[bytes, str]:
 
 
 def say(client: RawClient, octets: bytes) -> bytes:
-    """Send something and hear the reply, without its last CRLF."""
+    """Send something; returns the reply without its last CRLF."""
     # What was said before the connection broke is there to be read still.
     with contextlib.suppress(ConnectionError):
         client.send(octets)

@@ -37,7 +37,7 @@ SMTP_SOURCE = "/usr/sbin/smtp-source"
 SENDER = "sender@example.com"
 RECIPIENT = "recipient@example.net"
 
-# A filter that puts what it was told into the message's header, for tests to read.
+# A filter that puts its environment into the message's header, for tests to read.
 TELL = r"""
 recipients=$(printf '%s' "$RECIPIENTS" | tr '\n' ' ')
 printf 'X-Filter-%s: %s\r\n' Client "$CLIENT" Server "$SERVER" Sender "$SENDER" \

@@ -837,7 +837,7 @@ def test_root_is_warned(proxsmtpd: StartDaemon) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_ended_by_a_signal(number: int, proxsmtpd: StartDaemon) -> None:
-    """Idle clients are told, whatever they have said before."""
+    """Idle clients get a 421, whatever they have sent before."""
     daemon = proxsmtpd()
     fresh, talking = daemon.connect(), daemon.connect()
     fresh.reply()
@@ -1056,9 +1056,9 @@ def crowd(address: str, clients: int, seconds: float) -> None:
     deadline = time.monotonic() + seconds
 
     def send_some(number: int) -> None:
-        dice = random.Random(number)
+        rng = random.Random(number)
         while time.monotonic() < deadline:
-            size = dice.choice([1, 100, 10_000, 90_000, 200_000])
+            size = rng.choice([1, 100, 10_000, 90_000, 200_000])
             # Refusals and silence alike are to be expected.
             with (
                 contextlib.suppress(AssertionError, OSError),
@@ -1327,7 +1327,7 @@ def test_syslog(detach: Detach, place: Path) -> None:
 def test_message_is_answered_while_the_system_log_is_stuck(
     detach: Detach, place: Path, server: ScriptedServer
 ) -> None:
-    """A client that heard nothing would send the accepted message again."""
+    """A client without a reply would send the accepted message again."""
     with (
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as log,
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other,

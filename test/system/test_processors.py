@@ -56,7 +56,7 @@ def test_off(proxsmtpd: StartDaemon) -> None:
     assert placed(daemon) == {frozenset(PROCESSORS)}
 
 
-# What the others use is told here: on a busy machine they cannot be arranged.
+# The test says what the others use: on a busy machine they cannot be arranged.
 MOVES = """
 import os, sys, threading, proxsmtpd
 first, second = sorted(os.sched_getaffinity(0))[:2]

@@ -565,7 +565,7 @@ WITHOUT_THE_RIGHT: Mapping[str, Callable[[], list[str]]] = {
 def test_start_without_the_right(
     options: Sequence[str], who: str, tmp_path: Path
 ) -> None:
-    """The one who starts it hears why not, and what to do."""
+    """The error says why not, and what to do."""
     requires_kind("full")
     pid_file = tmp_path / "temp" / "pid"
     with reserve_port() as holder:
@@ -647,7 +647,7 @@ def test_both_families_on_one_socket(
     make_server: MakeServer,
     tmp_path: Path,
 ) -> None:
-    """An IPv4 client has its IPv4 address wherever it is told."""
+    """An IPv4 client has its IPv4 address everywhere."""
     attributes = b"XCLIENT NAME ADDR DESTADDR"
     server = make_server(extensions=[attributes])
     with reserve_port("::") as holder:

@@ -103,7 +103,7 @@ def test_helo_has_no_extensions(proxsmtpd: StartDaemon) -> None:
 def test_mail_that_announces_too_much(
     extensions: list[bytes], proxsmtpd: StartDaemon, make_server: MakeServer
 ) -> None:
-    """It is refused at once, the server hears nothing of it, and all else goes on."""
+    """It is refused at once and not forwarded, and the session goes on."""
     server = make_server(extensions=extensions)
     daemon = proxsmtpd({"MaxMessageSize": LIMIT}, server=server)
     client = daemon.connect()
@@ -129,7 +129,7 @@ def test_mail_that_announces_too_much(
     assert said == [b"MAIL FROM:<a@example.com>" + kept]
 
 
-# What the client says, and what a server hears that has not offered SIZE.
+# The client's MAIL, and the one for a server that has not offered SIZE.
 MAILS = {
     b"MAIL FROM:<a@example.com> SIZE=10": b"MAIL FROM:<a@example.com>",
     b"MAIL FROM:<a@example.com> size=10": b"MAIL FROM:<a@example.com>",

@@ -1,7 +1,7 @@
 """FilterMode and FilterFailure: when the client's own message goes on.
 
-Each case is played through a real daemon, with either type of filter, by a short
-message and by one that does not fit into memory.
+Each case goes through a real daemon, with either type of filter, with a short
+message and with one that does not fit into memory.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ SHORT = (
 LONG = SHORT + long_message(MEGABYTE * 3 // 2) + b".end\r\n"
 
 
-# The filter has said what is to become of the message, or it was told to end.
+# The filter has said what is to become of the message, or somebody ended it.
 NO_FAILURES = {
     "refuses": (b"554 5.7.1 Spam\r\n", VERDICTS["refuses"]),
     "refuses without a word": (b"550 Content Rejected\r\n", both("exit 1", "550 .*")),
@@ -90,8 +90,8 @@ def with_field(message: bytes) -> bytes:
     return stuffed(head + b"\r\n" + FIELD + b"\r\n" + body)
 
 
-def play(daemon: Daemon, *messages: bytes) -> list[bytes]:
-    """Send messages on one connection; the replies to them.
+def send_messages(daemon: Daemon, *messages: bytes) -> list[bytes]:
+    """Send messages on one connection; returns the replies to them.
 
     When one is answered, nothing of it is left in TempDirectory.
     """
@@ -129,7 +129,7 @@ def test_observed(
     """The verdict is in the log, and the client's own message at the server."""
     case = VERDICTS[name]
     daemon = proxsmtpd({**settings_of(kind, case.command(kind)), **OBSERVE})
-    assert play(daemon, SHORT, LONG) == [QUEUED, QUEUED]
+    assert send_messages(daemon, SHORT, LONG) == [QUEUED, QUEUED]
     assert [m.data for m in server.messages] == [with_field(SHORT), with_field(LONG)]
     assert statuses(daemon, 2) == [f"OBSERVED: {case.outcome}"] * 2
 
@@ -139,7 +139,7 @@ def test_observed(
 def test_observed_failure(
     kind: str, failure: dict[str, str], proxsmtpd: StartDaemon, server: ScriptedServer
 ) -> None:
-    """It holds up nothing, not even where the filter was told to end."""
+    """It holds up nothing, not even where somebody ended the filter."""
     command = "case $SENDER in term*) kill -TERM $$;; *) exit 127;; esac"
     daemon = proxsmtpd({**settings_of(kind, command), **OBSERVE, **failure})
     client = daemon.connect(timeout=30)
@@ -157,7 +157,7 @@ def test_observing_without_a_filter(
     proxsmtpd: StartDaemon, server: ScriptedServer
 ) -> None:
     daemon = proxsmtpd({**OBSERVE, **PASS, **HEADER})
-    assert play(daemon, SHORT) == [QUEUED]
+    assert send_messages(daemon, SHORT) == [QUEUED]
     assert server.messages[0].data == with_field(SHORT)
     assert statuses(daemon, 1) == ["PASSED"]
 
@@ -205,7 +205,7 @@ def test_servers_refusal(
 ) -> None:
     server = make_server({verb: REFUSALS[verb]})
     daemon = proxsmtpd({"FilterCommand": command, **settings}, server=server)
-    assert play(daemon, SHORT) == [REFUSALS[verb]]
+    assert send_messages(daemon, SHORT) == [REFUSALS[verb]]
     assert statuses(daemon, 1) == [REFUSALS[verb].decode().strip()]
     assert server.messages == []
 
@@ -220,7 +220,7 @@ def test_passed_failure(
     """The client's own message goes on, and the log says once why."""
     case = FAILURES[name]
     daemon = proxsmtpd({**settings_of(kind, case.command(kind)), **PASS})
-    assert play(daemon, SHORT, LONG) == [QUEUED, QUEUED]
+    assert send_messages(daemon, SHORT, LONG) == [QUEUED, QUEUED]
     assert [m.data for m in server.messages] == [with_field(SHORT), with_field(LONG)]
     assert statuses(daemon, 2) == ["FILTER-ERROR, passed"] * 2
     assert len(errors(daemon, f"{case.outcome}")) == 2
@@ -234,7 +234,7 @@ def test_not_passed(
     """What the filter refuses is refused, and who ends it gets no mail past it."""
     reply, case = NO_FAILURES[name]
     daemon = proxsmtpd({**settings_of(kind, case.command(kind)), **PASS})
-    assert play(daemon, SHORT, LONG) == [reply, reply]
+    assert send_messages(daemon, SHORT, LONG) == [reply, reply]
     assert server.messages == []
     assert all(re.fullmatch(case.outcome, status) for status in statuses(daemon, 2))
     assert verbs(server.connections[0]) == (
@@ -260,7 +260,7 @@ def test_filter_has_ended_when_its_message_goes_on(
     command = f"trap '' TERM; sleep 60 & echo $! >{child}; echo $$ >{shell}; wait"
     server = make_server({"DATA": answer_data})
     daemon = proxsmtpd({**settings_of("pipe", command), **settings}, server=server)
-    assert play(daemon, SHORT) == [QUEUED]
+    assert send_messages(daemon, SHORT) == [QUEUED]
     assert alive_at_data == [False]
     assert poll(lambda: set(marked_processes(daemon.mark)) == {daemon.process.pid})
     killing = errors(
@@ -306,7 +306,7 @@ def test_end_without_a_code(
 ) -> None:
     command, error = UNCODED[name]
     daemon = proxsmtpd({**settings_of("pipe", command), **CODED, **failure})
-    assert play(daemon, SHORT) == [reply]
+    assert send_messages(daemon, SHORT) == [reply]
     passed = [with_field(SHORT)] if reply == QUEUED else []
     assert [m.data for m in server.messages] == passed
     assert statuses(daemon, 1) == [status]
@@ -321,7 +321,7 @@ def test_coded_verdict(
     case = VERDICTS[name]
     daemon = proxsmtpd({**settings_of(kind, case.command(kind)), **CODED})
     expected = QUEUED if name == "passes" else case.outcome.encode() + b"\r\n"
-    assert play(daemon, SHORT) == [expected]
+    assert send_messages(daemon, SHORT) == [expected]
     assert len(server.messages) == (name == "passes")
     assert statuses(daemon, 1) == [case.outcome]
 
