@@ -917,7 +917,7 @@ def test_reader_that_has_seen_enough(start: Start, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("defence", ["", "trap '' TERM; "], ids=["", "SIGTERM ignored"])
 def test_interrupt(kind: str, defence: str, start: Start, tmp_path: Path) -> None:
-    """The filter is ended with all of its processes, and the next message is not filtered."""
+    """The filter is ended with all of its processes; the next message is not run."""
     ready = tmp_path / "ready"
     command = f"{defence}sleep 60 & : >{ready}; wait"
     settings = {"FilterCommand": command, "FilterType": kind}
