@@ -1,6 +1,6 @@
 """Ours against the C original: the same, but for what is meant to differ.
 
-`DIALOGUES` are played to both programs.  The table in differences.txt lists whatever
+Both programs have the same `DIALOGUES`.  The table in differences.txt lists whatever
 may come out differently, under the sentence of the specification that is the reason.
 A difference that is not in the table fails, and so does one in the table that does
 not occur.
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from comparison import ORIGINAL, SIDES, Dialogue, play
+from comparison import ORIGINAL, SIDES, Dialogue, run_dialogue
 from helpers import program_under_test, requires
 from smtp import Close, Reply, Reset
 
@@ -670,7 +670,7 @@ def listed(dialogue: str, side: str) -> list[str]:
 def test_dialogue(dialogue: Dialogue) -> None:
     with ThreadPoolExecutor() as pool:  # at once: the original mostly waits
         programs = [ORIGINAL], program_under_test()
-        original, ours = pool.map(partial(play, dialogue), programs)
+        original, ours = pool.map(partial(run_dialogue, dialogue), programs)
     found, expected = "", ""
     for side in SIDES:
         lines = change(side, getattr(original, side), getattr(ours, side))

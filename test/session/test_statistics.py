@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from test_filter import deliver
 
-from helpers import Daemon, MakeServer, StartDaemon, poll
+from helpers import QUEUED, Daemon, MakeServer, StartDaemon, deliver, poll
 from proxsmtpd import Statistics, describe_times
 from smtp import Delay, ScriptedServer
 
 MESSAGE = b"Subject: test\r\n\r\n.Hello\r\n"
 STUFFED = b"Subject: test\r\n\r\n..Hello\r\n"
-QUEUED = b"250 2.0.0 Ok: queued\r\n"
 
 LINE = r"^proxsmtpd: statistics: (.*)$"
 TIMES = (

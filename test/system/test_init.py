@@ -22,19 +22,23 @@ from subprocess import CompletedProcess
 from typing import Callable, NamedTuple, TypeVar
 
 import pytest
-from test_daemon import MESSAGE, QUEUED, Detach, DetachedFactory, as_root, send
-from test_install import PROGRAM, make
 
+from detached import Detach, DetachedFactory
 from helpers import (
     MARKER,
+    MESSAGE,
     PATIENCE,
+    QUEUED,
     MakeServer,
     StartDaemon,
+    as_root,
     poll,
     requires,
+    send,
     settings_text,
 )
 from initscripts import Machine, machine
+from install import INSTALLED, make
 from smtp import RawClient, ScriptedServer
 
 SYSTEM_PYTHON = "/usr/bin/python3"  # which other users can run as well
@@ -149,7 +153,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The program as `make install` leaves it; nobody writes to it."""
     root = tmp_path_factory.mktemp("root")
     make("install", root, python=SYSTEM_PYTHON)
-    return root / PROGRAM
+    return root / INSTALLED
 
 
 @pytest.fixture
