@@ -35,11 +35,15 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import copy
 import errno
+import fcntl
 import functools
+import gc
 import getopt
 import io
 import itertools
+import marshal
 import math
 import mmap
 import os
@@ -81,6 +85,7 @@ IS_LINUX = sys.platform == "linux"
 DEFAULT_LISTEN_PORT = 10025
 DEFAULT_SERVER_PORT = 25
 MAX_CONNECTIONS = 10240
+MAX_PROCESSES = 256
 
 # The levels of -d.
 ERROR, WARNING, NOTICE, INFO, DEBUG = range(5)
@@ -139,9 +144,14 @@ END_CHECK = 0.5  # seconds between checks for the shutdown while a filter runs
 # Seconds to wait for a stop signal that the filter may have got a moment earlier.  Each
 # rejection without a code is delayed so long.
 STOP_NOTICE = 0.2
-PROCESSOR_CHECK = 1.0  # seconds between looks at who else uses our processor
-PROCESSOR_SHARE = 0.2  # of it that others must use more than of another to move us
+CONNECTIONS_EACH = 8  # connections that are worth a process (Processes: auto)
+FORK_PAUSE = 0.25  # seconds between two workers that replace others
+REPORT_PATIENCE = 1.0  # seconds for the workers to report their statistics
+LOCK_PATIENCE = 0.1  # seconds for a lock whose holder may have been stopped
+WORKERS_GRACE = 0.4  # seconds from SIGQUIT to SIGKILL for the workers
+LATE_START_CHECK = 1.0  # seconds between checks for programs that do not begin
 ACCEPT_PAUSE = 0.2  # seconds without accepting when the system is exhausted
+FIRST_PASSED = 3  # SD_LISTEN_FDS_START
 DESCRIPTORS_APART = 32  # descriptors of the process besides the connections'
 DESCRIPTORS_EACH = 10  # descriptors of a connection with a filter
 MACOS_DESCRIPTORS = 10240  # OPEN_MAX, the highest limit that macOS accepts
@@ -1816,9 +1826,9 @@ class Config:
     listen: Address
     max_connections: int
     max_message_size: int  # 0: any
-    one_processor: bool
     out_address: Optional[Address] = None
     pid_file: str = ""
+    processes: int  # 0: auto
     proxy_protocol: bool
     skip_authenticated: bool = False
     temp_directory: bytes
@@ -1913,6 +1923,10 @@ _SWITCH = _choice(
 )
 
 
+def _processes(text: str) -> int:
+    return int(_number("processes", 1, MAX_PROCESSES).parse(text))
+
+
 def _reject_reply(text: str) -> Reply:
     reply = rejection(to_octets(text or EMAIL_REJECTED))
     if reply.is_success:
@@ -1980,9 +1994,18 @@ SETTINGS = (
         _number("connections", 1, MAX_CONNECTIONS),
     ),
     Setting("MaxMessageSize", "max_message_size", "0", _number("octets", 0)),
-    Setting("OneProcessor", "one_processor", "on", _SWITCH),
     Setting("OutAddress", "out_address", "", _address(DEFAULT_SERVER_PORT)),
     Setting("PidFile", "pid_file", "", _ANY_TEXT),
+    Setting(
+        "Processes",
+        "processes",
+        "auto",
+        Kind(
+            lambda text: 0 if text.lower() == "auto" else _processes(text),
+            "invalid setting: {name} (must be 'auto' or a number from 1 to"
+            f" {MAX_PROCESSES})",
+        ),
+    ),
     Setting("ProxyProtocol", "proxy_protocol", "off", _SWITCH),
     Setting("Skip", "skip_authenticated", "", _choice({"authenticated": True})),
     Setting(
@@ -2582,25 +2605,21 @@ def listen_target(listen: Address) -> tuple[int, Any]:
     return min(targets, key=lambda target: target[0] != socket.AF_INET)
 
 
-def leads_to_listener(targets: Sequence[tuple[int, Any]], listen: Address) -> bool:
-    """Return whether one of the targets is where we listen ourselves.
-
-    Raises OSError if Listen is a name that cannot be resolved.
-    """
-    if listen.path:
+def leads_to_listener(
+    targets: Sequence[tuple[int, Any]], listener: tuple[int, Any]
+) -> bool:
+    """Return whether one of the targets is the listener, the same kind of pair."""
+    listener_family, name = listener
+    if listener_family == socket.AF_UNIX:
         paths = [path for family, path in targets if family == socket.AF_UNIX]
-        listener = os.path.realpath(to_octets(listen.path))
-        return any(os.path.realpath(path) == listener for path in paths)
+        return any(os.path.realpath(path) == os.path.realpath(name) for path in paths)
     for family, sockaddr in targets:
-        if family != socket.AF_UNIX and sockaddr[1] == listen.port:
-            _, listener = listen_target(listen)
+        if family != socket.AF_UNIX and sockaddr[1] == name[1]:
             host = Peer.of(sockaddr).host
-            if host == Peer.of(listener).host:
+            if host == Peer.of(name).host:
                 return True
-            is_heard = listener[0] == "::" or (
-                listener[0] == "0.0.0.0" and ":" not in host
-            )
-            if is_heard and is_own_target(family, sockaddr):
+            is_reached = name[0] == "::" or (name[0] == "0.0.0.0" and ":" not in host)
+            if is_reached and is_own_target(family, sockaddr):
                 return True
     return False
 
@@ -2617,7 +2636,8 @@ def is_loop(config: Config) -> bool:
     if address.port != config.listen.port:
         return False  # without asking for the name's address
     try:
-        return leads_to_listener(resolve(address, address.host), config.listen)
+        targets = resolve(address, address.host)
+        return leads_to_listener(targets, listen_target(config.listen))
     except OSError:
         return False
 
@@ -2887,6 +2907,60 @@ def directories_in(path: bytes) -> Iterator[bytes]:
         for name in names:
             if not os.path.islink(os.path.join(place, name)):
                 yield os.path.join(place, name)
+
+
+# ---------------------------------------------------------------------------
+# Processors
+# ---------------------------------------------------------------------------
+
+
+def usable_processors() -> list[int]:
+    """Return the processors that we may use, as far as the system lets us choose."""
+    if hasattr(os, "sched_getaffinity"):
+        with contextlib.suppress(OSError):
+            return sorted(os.sched_getaffinity(0))
+    return []
+
+
+class Affinity:
+    """Keeps the threads of this process on one processor, but not its filters.
+
+    Only the holder of the GIL runs.  If the threads of a process were spread over
+    processors, the GIL would move with every system call, which costs half of the
+    throughput (make bench).
+    """
+
+    def __init__(self) -> None:
+        self._all = usable_processors()
+        self._own: Optional[int] = None  # once `pin` has been called
+
+    def pin(self, number: int) -> None:
+        """Choose a processor for this thread and those that it will start.
+
+        Workers have numbers that follow each other; ours begin at our pid, so that
+        several daemons do not choose the same.
+        """
+        has_gil = getattr(sys, "_is_gil_enabled", lambda: True)()
+        if has_gil and len(self._all) > 1:
+            own = self._all[number % len(self._all)]
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(0, {own})
+                self._own = own
+
+    @contextlib.contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Allow this thread all processors, so that a child inherits them."""
+        if self._own is None:
+            yield
+            return
+        # The system may have taken a processor away; that must not stop a filter.
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, self._all)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(0, {self._own})
 
 
 # ---------------------------------------------------------------------------
@@ -3196,7 +3270,7 @@ class FilterRun:
             self._starter = threading.get_native_id()
         pid = 0
         try:
-            with self._shared.processors.all():
+            with self._shared.affinity.lifted():
                 pid = self._spawn_command(command, environment, standard)
         finally:
             with self._lock:
@@ -3390,7 +3464,7 @@ class FilterRun:
                 self._log.warning(f"killing filter process (pid {self._pid})")
             self.send_signal(signal.SIGTERM)
             self.send_signal(signal.SIGCONT)  # a stopped process handles nothing else
-            self._await_silence(KILL_GRACE)
+            self._await_end(KILL_GRACE)
         finally:
             # Also where somebody interrupts a dry run for the second time.
             self.send_signal(signal.SIGKILL)
@@ -3399,22 +3473,25 @@ class FilterRun:
             else:
                 self.release()
 
-    def _await_silence(self, seconds: float) -> None:
-        """Wait until the process and its group have ended, and its pipes are closed."""
+    def _await_end(self, seconds: float) -> None:
+        """Wait until the process and its group have ended.
+
+        A process that has left the group may keep the pipes open; nobody waits for it.
+        """
         begun = time.monotonic()
-        deadline = begun + seconds
+        deadline = Deadline(seconds)
         if self._input in self._open:
             self._close(self._input)
-        left = seconds
-        while left > 0 and self._open:
-            for descriptor, _ in self._poller.poll(left * 1000):
+        while not deadline.has_passed:
+            wait = deadline.left
+            if self._end not in self._open:
+                if not self._shared.groups.may_live(self._pid, begun):
+                    break
+                wait = min(wait, GROUP_CHECK)  # the system does not report its end
+            for descriptor, _ in self._poller.poll(wait * 1000):
                 with contextlib.suppress(BlockingIOError):
                     if descriptor == self._end or not os.read(descriptor, PIPE_BLOCK):
                         self._close(descriptor)
-            left = deadline - time.monotonic()
-        while left > 0 and self._shared.groups.may_live(self._pid, begun):
-            time.sleep(min(left, GROUP_CHECK))  # nothing tells of a group's end
-            left = deadline - time.monotonic()
 
     def _give_up(self) -> None:
         """Leave a process that cannot be killed; it must not hold up the client."""
@@ -3512,25 +3589,27 @@ class Shutdown:
 
 
 class Statistics:
-    """What was done since the start, for SIGUSR1."""
+    """What was done since the start, for SIGUSR1.
 
-    def __init__(self) -> None:
+    Each worker has its own; `pack` and `add` bring them to the supervisor.
+    """
+
+    def __init__(self, begun: Optional[tuple[float, float]] = None) -> None:
+        """`begun` is the start by the two clocks, if it was not now."""
         self._lock = threading.Lock()
-        self._since = time.time()
-        self._begun = time.monotonic()  # nobody sets this clock
-        self._octets = 0
+        # Nobody sets the second clock.
+        self._since, self._begun = begun or (time.time(), time.monotonic())
+        self._counts = dict.fromkeys(("accepted", "refused", "octets"), 0)
         self._messages: dict[str, int] = {}
-        self._filter_times: deque[float] = deque(maxlen=TIMES_KEPT)
-        self._server_times: deque[float] = deque(maxlen=TIMES_KEPT)
-        # Connections; only the main thread counts them.
-        self.accepted = 0
-        self.refused = 0
-        self.peak = 0
+        # (when, seconds) of the last messages.
+        self._filter_times: deque[tuple[float, float]] = deque(maxlen=TIMES_KEPT)
+        self._server_times: deque[tuple[float, float]] = deque(maxlen=TIMES_KEPT)
+        self._in_use = dict.fromkeys(("threads", "descriptors"), 0)
 
-    def note_connection(self, now: int) -> None:
-        """Count an accepted connection, with which there are `now`."""
-        self.accepted += 1
-        self.peak = max(self.peak, now)
+    def count(self, what: str, number: int = 1) -> None:
+        """Count connections ("accepted", "refused") or "octets" of messages."""
+        with self._lock:
+            self._counts[what] += number
 
     def note_message(
         self,
@@ -3542,32 +3621,69 @@ class Statistics:
         """Count a message; 0 seconds stand for a side that was not asked."""
         kind = _STATUS_KIND.match(status)
         assert kind is not None  # the pattern matches anything
+        now = time.monotonic()
         with self._lock:
-            self._octets += octets
+            self._counts["octets"] += octets
             self._messages[kind[0]] = self._messages.get(kind[0], 0) + 1
             if filter_seconds:
-                self._filter_times.append(filter_seconds)
+                self._filter_times.append((now, filter_seconds))
             if server_seconds:
-                self._server_times.append(server_seconds)
+                self._server_times.append((now, server_seconds))
 
-    def report(self, connections: int) -> list[str]:
-        """Return the report as lines for the log."""
+    def note_resources(self) -> None:
+        """Measure what this process uses."""
+        self._in_use = {
+            "threads": count_entries("/proc/self/task"),
+            "descriptors": count_entries("/dev/fd"),
+        }
+
+    def forget_resources(self) -> None:
+        """Leave out what processes use, since they have ended."""
+        self._in_use = dict.fromkeys(self._in_use, 0)
+
+    def pack(self) -> bytes:
+        """Return the figures, for `add` in another process."""
+        with self._lock:
+            times = list(self._filter_times), list(self._server_times)
+            return marshal.dumps((self._counts, self._messages, times, self._in_use))
+
+    def add(self, packed: bytes) -> None:
+        """Add the figures of another process."""
+        counts, messages, times, in_use = marshal.loads(packed)  # noqa: S302
+        for mine, others in (
+            (self._counts, counts),
+            (self._messages, messages),
+            (self._in_use, in_use),
+        ):
+            for name, number in others.items():
+                mine[name] = mine.get(name, 0) + number
+        for kept, more in zip((self._filter_times, self._server_times), times):
+            in_order = sorted([*kept, *more])
+            kept.clear()
+            kept.extend(in_order)
+
+    def report(self, connections: int, peak: int) -> list[str]:
+        """Return the report as lines for the log.
+
+        `connections` and `peak` are the present number of connections and the highest.
+        """
         with self._lock:
             messages = dict(sorted(self._messages.items()))
-            octets = self._octets
-            filter_times = sorted(self._filter_times)
-            server_times = sorted(self._server_times)
+            filter_times = sorted(seconds for _, seconds in self._filter_times)
+            server_times = sorted(seconds for _, seconds in self._server_times)
         seconds = time.monotonic() - self._begun
         kinds = "".join(f", {count} {kind}" for kind, count in messages.items())
+        used = {name: number or "unknown" for name, number in self._in_use.items()}
         return [
             f"since {rfc5322_date(self._since)}, {seconds:.0f} seconds",
-            f"connections: {connections} now, {self.peak} at most,"
-            f" {self.accepted} accepted, {self.refused} refused as too many",
-            f"messages: {sum(messages.values())}{kinds}; {octets} octets",
+            f"connections: {connections} now, {peak} at most,"
+            f" {self._counts['accepted']} accepted,"
+            f" {self._counts['refused']} refused as too many",
+            f"messages: {sum(messages.values())}{kinds};"
+            f" {self._counts['octets']} octets",
             f"filter: {describe_times(filter_times)}",
             f"server: {describe_times(server_times)}",
-            f"threads: {count_entries('/proc/self/task')},"
-            f" descriptors: {count_entries('/dev/fd')}",
+            f"threads: {used['threads']}, descriptors: {used['descriptors']}",
         ]
 
 
@@ -3586,15 +3702,110 @@ def describe_times(times: Sequence[float]) -> str:
     )
 
 
-def count_entries(directory: str) -> str:
-    """Return how many entries a directory has, "unknown" where it does not exist."""
+def count_entries(directory: str) -> int:
+    """Return how many entries a directory has, 0 where it does not exist."""
     with contextlib.suppress(OSError):
-        return str(len(os.listdir(directory)))
-    return "unknown"
+        return len(os.listdir(directory))
+    return 0
+
+
+class ConnectionLimit:
+    """The bound of MaxConnections over all processes, and the numbers of connections.
+
+    The counts, one for each process, are in memory that the processes share.  A record
+    lock makes `take` one step; if its holder dies, the system releases it, and the
+    supervisor clears the count of the dead: nothing is lost.
+    """
+
+    _NUMBER, _PEAK, _ROWS, _FIRST = range(4)  # cells; the counts begin at the last one
+    MOST_ROWS = 4 * MAX_PROCESSES  # old workers may last while new ones come
+
+    def __init__(self, directory: bytes, *, is_shared: bool) -> None:
+        """`directory` is for the lock's file, where the system needs one.
+
+        OSError if it cannot be made.
+        """
+        size = self._FIRST + self.MOST_ROWS
+        self._cells = memoryview(mmap.mmap(-1, 4 * size)).cast("I")
+        self._cells[self._ROWS] = 1
+        self._lock = threading.Lock()  # of the threads of this process
+        self._file = -1
+        if is_shared and hasattr(os, "memfd_create"):
+            self._file = os.memfd_create(NAME)
+        elif is_shared:
+            self._file = create_unnamed_file(directory)
+        self._row = 0  # of this process
+        self._used: dict[int, None] = {}  # rows, as the supervisor knows
+
+    def take(self, most: int) -> int:
+        """Take a connection and return its number; 0 if there are `most` already."""
+        with self._lock, self._locked():
+            total = self.total + 1
+            if total > most:
+                return 0
+            self._cells[self._FIRST + self._row] += 1
+            self._cells[self._PEAK] = max(self._cells[self._PEAK], total)
+            number = self._cells[self._NUMBER]
+            self._cells[self._NUMBER] = (number + 1) % 0xF00000
+            return 0x100000 + number
+
+    def give_back(self) -> None:
+        """Give a connection of this process back."""
+        with self._lock:
+            self._cells[self._FIRST + self._row] -= 1
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        if self._file < 0:
+            yield
+            return
+        deadline = Deadline(LOCK_PATIENCE)
+        while not deadline.has_passed:
+            # A holder that has been stopped must not stop the others: then there may
+            # be a connection too many.
+            with contextlib.suppress(BlockingIOError, PermissionError):
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(0.001)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self._file, fcntl.LOCK_UN)
+
+    @property
+    def own(self) -> int:
+        """The connections of this process."""
+        return self._cells[self._FIRST + self._row]
+
+    @property
+    def total(self) -> int:
+        """The connections of all processes."""
+        return sum(self._cells[self._FIRST : self._FIRST + self._cells[self._ROWS]])
+
+    @property
+    def peak(self) -> int:
+        """The highest total so far."""
+        return self._cells[self._PEAK]
+
+    def assign_row(self) -> int:
+        """Return a row for a new process (in the supervisor)."""
+        row = next(n for n in range(self.MOST_ROWS) if n not in self._used)
+        self._used[row] = None
+        self._cells[self._ROWS] = max(self._used) + 1
+        return row
+
+    def use_row(self, row: int) -> None:
+        """Count the connections of this process in a row (in a worker)."""
+        self._row = row
+
+    def clear_row(self, row: int) -> None:
+        """Forget the connections of a process that has ended (in the supervisor)."""
+        self._cells[self._FIRST + row] = 0
+        self._used.pop(row, None)
 
 
 class Shared:
-    """What all sessions have in common.
+    """What all sessions of a process have in common.
 
     None of it holds a set: CPython's set that cannot grow, since memory has run out,
     is full, and its next user spins.
@@ -3605,18 +3816,25 @@ class Shared:
         config: Config,
         log: Log,
         environment: Mapping[bytes, bytes],
-        processors: Processors,
+        listener: tuple[int, Any] = (socket.AF_UNIX, b""),
         descriptor_limit: int = 0,
     ) -> None:
         self.config = config
         self.log = log
+        self.listener = listener  # its family and its address
         self.environment = environment  # that the filters inherit
         self.descriptor_limit = descriptor_limit  # of the filters; 0: ours
-        self.processors = processors
+        self.affinity = Affinity()
         self.groups = GroupWatch()
         self.statistics = Statistics()
         self.named_files: dict[bytes, None] = {}  # temporary files that exist now
         self.shutdown = Shutdown()
+
+    def with_config(self, config: Config) -> Shared:
+        """Return the same for sessions with other settings."""
+        other = copy.copy(self)
+        other.config = config
+        return other
 
 
 # ---------------------------------------------------------------------------
@@ -4120,9 +4338,8 @@ class Session:
         try:
             targets = resolve(address, address.host)
             # `_original_destination` has a check of its own.
-            if not self.config.is_transparent and leads_to_listener(
-                targets, self.config.listen
-            ):
+            is_loop = leads_to_listener(targets, self.shared.listener)
+            if is_loop and not self.config.is_transparent:
                 raise ServerLost(f"loop detected: {OWN_LISTENER}", NO_SERVER)
             sock, sockaddr = connect(targets, self.config.timeout, source)
             self.server = ServerChannel(
@@ -4160,7 +4377,9 @@ class Session:
         except OSError as error:
             text = "couldn't get source address for transparent proxying"
             raise ServerLost(f"{text}: {reason(error)}", NO_DESTINATION) from error
-        if port == self.config.listen.port and is_own_address(host):
+        family, name = self.shared.listener
+        is_our_port = family != socket.AF_UNIX and port == name[1]
+        if is_our_port and is_own_address(host):
             raise ServerLost("loop detected in transparent proxying", NO_DESTINATION)
         text = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         return Address(text, host, port)
@@ -4507,38 +4726,56 @@ class Session:
 class Listener(socketserver.ThreadingTCPServer):
     """Accepts connections and gives each a thread and a `Session`.
 
-    The main thread calls `serve` and then `end`.  A connection beyond MaxConnections,
-    or one that the system has no resources for, is told so and closed.
+    It is bound once, and then served by this process or by each worker: `attach`,
+    `serve` until a signal comes, `end`.  A connection beyond MaxConnections, or one
+    that the system has no resources for, is told so and closed.
     """
 
     allow_reuse_address = True
     request_queue_size = LISTEN_QUEUE
 
-    def __init__(self, shared: Shared, signals: Signals) -> None:
-        """Bind and listen; `SystemRefused` if that fails."""
-        self._shared = shared
-        self._config = shared.config
-        self._log = shared.log
-        self._signals = signals
-        self._lock = threading.Lock()
-        self._connections = 0  # now, at most MaxConnections
-        self._numbers = itertools.cycle(range(0x100000, 0x1000000))
+    def __init__(
+        self,
+        config: Config,
+        log: Log,
+        limit: ConnectionLimit,
+        passed: Optional[socket.socket] = None,
+    ) -> None:
+        """Bind and listen, unless a listening socket was `passed` to this process.
+
+        Raises `SystemRefused` if that fails.
+        """
+        self._config = config
+        self._log = log
+        self._limit = limit
+        self.shared: Shared  # from `attach` on, as the next one
+        self._signals: Signals
         # Given up when no descriptor is left, so that one more connection can be
         # accepted and refused.
         self._spare: Optional[int] = None
         self._take_spare()
         self._is_exhausted = False  # and the log has said so
+        self._is_closing = False  # and waits for the sessions
+        self._owner = os.getpid()  # removes the file of a Unix socket
         self._socket_file: Optional[os.stat_result] = None  # of a Unix socket
-        listen = self._config.listen
         try:
-            self.address_family, sockaddr = listen_target(listen)
-            super().__init__(sockaddr, SessionHandler)
+            if passed is not None:
+                self.address_family = passed.family
+                super().__init__(("", 0), SessionHandler, bind_and_activate=False)
+                self.socket.close()
+                self.socket = passed
+                self.server_address = passed.getsockname()
+                self._allow_transparency()
+            else:
+                self.address_family, sockaddr = listen_target(config.listen)
+                super().__init__(sockaddr, SessionHandler)
             # A connection that poll has seen may have gone when it is accepted.
             self.socket.setblocking(False)
         except OSError as error:
-            text = f"couldn't bind to address: {shown(listen.text)}: {reason(error)}"
+            where = shown(config.listen.text)
+            text = f"couldn't bind to address: {where}: {reason(error)}"
             raise SystemRefused(text) from error
-        self._log.debug(f"created socket: {shown(listen.text)}")
+        self._log.debug(f"created socket: {shown(config.listen.text)}")
 
     def server_bind(self) -> None:
         is_unix = self.address_family == socket.AF_UNIX
@@ -4549,21 +4786,25 @@ class Listener(socketserver.ThreadingTCPServer):
             # OpenBSD does not have it.
             with contextlib.suppress(OSError):
                 self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        if self._config.transparent_proxy is Transparency.FULL and not is_unix:
+        self._allow_transparency()
+        super().server_bind()
+        if is_unix:
+            self._socket_file = os.lstat(path)
+
+    def _allow_transparency(self) -> None:
+        is_full = self._config.transparent_proxy is Transparency.FULL
+        if is_full and self.address_family != socket.AF_UNIX:
             try:
                 be_transparent(self.socket)
             except PermissionError as error:
                 raise SystemRefused(NEEDS_NET_ADMIN) from error
-        super().server_bind()
-        if is_unix:
-            self._socket_file = os.lstat(path)
 
     def server_close(self) -> None:
         """Stop listening; a Unix socket's file is removed first, if it is still ours.
 
         While we listen nobody else takes its place, and its inode stays in use.
         """
-        if self._socket_file is not None:
+        if self._socket_file is not None and os.getpid() == self._owner:
             path = to_octets(self._config.listen.path)
             # Where the directory is root's, it stays and is replaced next time.
             with contextlib.suppress(OSError):
@@ -4572,27 +4813,54 @@ class Listener(socketserver.ThreadingTCPServer):
             self._socket_file = None
         super().server_close()
 
+    def own(self) -> None:
+        """Have this process, and not the one that has bound it, remove its file."""
+        self._owner = os.getpid()
+
+    def attach(self, shared: Shared, signals: Signals) -> None:
+        """Serve connections from now on with these settings."""
+        self._log.debug("accepting connections")
+        self.shared = shared
+        self._config = shared.config
+        self._signals = signals
+
     # Accepting
 
-    def serve(self) -> None:
-        """Accept connections until a signal comes."""
+    @property
+    def connections(self) -> int:
+        """The number of sessions in this process."""
+        return self._limit.own
+
+    def serve(self, supervisor: int = -1) -> None:
+        """Accept connections until a signal comes.
+
+        That counts as SIGTERM if `supervisor`, a descriptor, hangs up.
+        """
+        self._poll(supervisor, self.fileno())
+
+    def finish(self, supervisor: int) -> None:
+        """Accept no more; return when a signal comes or a session has ended."""
+        self._is_closing = True
+        if self.fileno() >= 0:
+            self.socket.close()
+        self._poll(supervisor, -1)
+
+    def _poll(self, supervisor: int, listening: int) -> None:
         poller = select.poll()
-        poller.register(self.fileno(), select.POLLIN)
-        poller.register(self._signals.fileno(), select.POLLIN)
-        self._log.debug("accepting connections")
-        while not self._signals.count:
-            self._shared.processors.check()
-            self._shared.shutdown.end_late_starts()
-            if self._signals.take_report():
-                for line in self._shared.statistics.report(self._connections):
-                    self._log.notice(f"statistics: {line}")
-            # Without connections nothing has to be checked again.
-            seconds = PROCESSOR_CHECK if self._connections else None
+        for descriptor in (self._signals.fileno(), supervisor, listening):
+            if descriptor >= 0:
+                poller.register(descriptor, select.POLLIN)
+        while True:
+            self.shared.shutdown.end_late_starts()
+            seconds = LATE_START_CHECK if self.connections else None
             for ready, _ in poller.poll(seconds and seconds * 1000):
-                if ready == self.fileno():
+                if ready == listening:
                     self._accept()
                 else:
+                    if ready == supervisor:
+                        self._signals.count = max(self._signals.count, 1)
                     self._signals.drain()
+                    return
 
     def _accept(self) -> None:
         """Accept a connection; where the system is exhausted, refuse it or wait."""
@@ -4614,26 +4882,25 @@ class Listener(socketserver.ThreadingTCPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start a session in a thread of its own, if there is room for it."""
-        if self._connections >= self._config.max_connections:
-            most = self._config.max_connections
+        most = self._config.max_connections
+        number = self._limit.take(most)
+        if not number:
             text = f"too many connections open (max {most}). sent busy response"
             self._log.warning(text)
             self._refuse(request, BUSY)
-            self._shared.statistics.refused += 1
+            self.shared.statistics.count("refused")
             return
-        with self._lock:
-            self._connections += 1
-        self._shared.statistics.note_connection(self._connections)
+        self.shared.statistics.count("accepted")
         try:
             # Sessions must not take all memory: without any, CPython's handling of an
             # exception may start again and again.
             mmap.mmap(-1, MEMORY_MARGIN, mmap.MAP_PRIVATE).close()
             # Not threading.Thread, whose start waits until the thread runs.
             _thread.start_new_thread(
-                self.process_request_thread, (request, client_address)
+                self.process_request_thread, (request, (number, client_address))
             )
         except (OSError, RuntimeError, MemoryError) as error:
-            self._forget_connection()
+            self._limit.give_back()
             what = reason(error) if isinstance(error, OSError) else error
             self._log.error(f"couldn't create thread: {what}")
             self._refuse(request, NO_THREAD)
@@ -4642,19 +4909,14 @@ class Listener(socketserver.ThreadingTCPServer):
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._forget_connection()
-            if self._shared.shutdown.draining.is_set:
+            self._limit.give_back()
+            if self._is_closing:
                 self._signals.wake()
 
-    def _forget_connection(self) -> None:
-        with self._lock:
-            self._connections -= 1
-
-    def run_session(self, request: Any, client_address: Any) -> None:
+    def run_session(self, number: int, request: Any, sockaddr: Any) -> None:
         """Run the session of a connection, in its thread."""
-        number = next(self._numbers)
         try:
-            session = Session(number, request, client_address, self._shared)
+            session = Session(number, request, sockaddr, self.shared)
         except OSError as error:
             # Some systems report only now that the client has gone.
             self._log.debug(f"{number:06X}: client gone: {reason(error)}")
@@ -4705,27 +4967,29 @@ class Listener(socketserver.ThreadingTCPServer):
     def end(self) -> None:
         """Stop listening, and shut the sessions and their filters down."""
         self._log.debug("waiting for threads to quit")
+        self._is_closing = True
         self.server_close()
-        self._shared.shutdown.drain()
+        self.shared.shutdown.drain()
         self._await_sessions(DATA_GRACE)
-        self._shared.shutdown.stop()
+        self.shared.shutdown.stop()
         self._await_sessions(FILTER_GRACE)
         self.end_now()
 
     def end_now(self) -> None:
         """Kill the filters, and end whatever the sessions do."""
+        self._is_closing = True
         self.server_close()
-        self._shared.shutdown.kill()
+        self.shared.shutdown.kill()
         self._await_sessions(LAST_GRACE, signals=math.inf)
-        for path in tuple(self._shared.named_files):
+        for path in tuple(self.shared.named_files):
             with contextlib.suppress(OSError):
-                os.unlink(path)
+                remove(path)
 
     def _await_sessions(self, seconds: float, signals: float = 2) -> None:
         """Wait until no session is left, `signals` have come, or the time is over."""
         deadline = Deadline(seconds)
         while (
-            self._connections
+            self.connections
             and self._signals.count < signals
             and not deadline.has_passed
         ):
@@ -4738,7 +5002,8 @@ class SessionHandler(socketserver.BaseRequestHandler):
     server: Listener
 
     def handle(self) -> None:
-        self.server.run_session(self.request, self.client_address)
+        number, sockaddr = self.client_address
+        self.server.run_session(number, self.request, sockaddr)
 
 
 # accept reports what happened to a connection while it waited (accept(2)).
@@ -4771,6 +5036,291 @@ def remove_stale_socket(path: bytes) -> None:
 
 
 # ---------------------------------------------------------------------------
+# The supervisor and its workers
+# ---------------------------------------------------------------------------
+
+
+class Worker:
+    """What the supervisor knows of a worker process."""
+
+    def __init__(self, pid: int, number: int, row: int, reports: int) -> None:
+        self.pid = pid
+        self.number = number  # among the workers of its configuration
+        self.row = row  # of `ConnectionLimit`
+        self.reports = reports  # a pipe for its statistics, which ends with it
+        self.is_retired = False  # it only finishes its sessions
+        self.is_asked = False  # for a report
+        self.snapshot = b""  # the last report
+        self._received = b""
+
+    def signal(self, *numbers: int) -> None:
+        """Send it signals, if it has not ended yet."""
+        for number in numbers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def receive(self) -> bool:
+        """Take what has come through the pipe; return False at its end."""
+        octets = os.read(self.reports, PIPE_BLOCK)
+        self._received += octets
+        while len(self._received) >= 4:
+            end = 4 + int.from_bytes(self._received[:4], "big")
+            if len(self._received) < end:
+                break
+            self.snapshot, self._received = self._received[4:end], self._received[end:]
+            self.is_asked = False
+        return bool(octets)
+
+
+class Supervisor:
+    """Forks workers, replaces those that die, and passes signals on to them.
+
+        SIGTERM, SIGINT   close the pipe that the workers watch; each ends in good order
+        a second one      SIGQUIT to the workers, which end at once
+        SIGUSR1           the same to each worker, and one report of their answers
+        SIGHUP            fork workers with the new configuration, and SIGHUP to the old
+                          ones, which finish their sessions and end
+
+    Workers that lose their supervisor see the pipe's end, too.  This process has one
+    thread only, since no other would survive a fork.
+    """
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+        self._listener = daemon.listener
+        self._limit = daemon.limit
+        self._signals = daemon.signals
+        self._log = daemon.log
+        self._workers: dict[int, Worker] = {}  # by the descriptors of their reports
+        self._life, self._life_end = os.pipe()  # for the workers to watch
+        self._next_fork = 0.0  # when the next worker may be replaced
+        self._begun = time.time(), time.monotonic()
+        self._ended = Statistics(self._begun)  # of the workers that have ended
+
+    def run(self) -> None:
+        """Supervise until a signal ends the daemon, and then end the workers."""
+        gc.collect()
+        gc.freeze()  # so that the workers share more memory
+        for number in range(process_count(self._daemon.config)):
+            self._fork(number)
+        while not self._signals.count:
+            is_complete = self._replace()
+            if self._signals.take_report():
+                self._report()
+            if self._signals.take_reload():
+                self._reload()
+            self._watch(None if is_complete else FORK_PAUSE)
+        self.end()
+
+    # Workers
+
+    def _current(self) -> list[Worker]:
+        return [worker for worker in self._workers.values() if not worker.is_retired]
+
+    def _replace(self) -> bool:
+        """Fork a worker in the place of a dead one, if it is time to; False if not."""
+        numbers = {worker.number for worker in self._current()}
+        count = process_count(self._daemon.config)
+        missing = [n for n in range(count) if n not in numbers]
+        if not missing:
+            return True
+        now = time.monotonic()
+        if now >= self._next_fork:
+            self._next_fork = now + FORK_PAUSE
+            self._fork(missing[0])
+        return False
+
+    def _fork(self, number: int) -> None:
+        """Fork a worker; an error is logged, and `_replace` tries again."""
+        row = self._limit.assign_row()
+        try:
+            reports, reports_end = os.pipe()
+            with held_signals():
+                pid = os.fork()
+                if not pid:
+                    self._be_worker(number, row, reports, reports_end)
+        except OSError as error:
+            self._log.error(f"couldn't start worker process: {reason(error)}")
+            self._limit.clear_row(row)
+            return
+        os.close(reports_end)
+        self._workers[reports] = Worker(pid, number, row, reports)
+        self._log.debug(f"started worker process (pid {pid})")
+
+    def _be_worker(
+        self, number: int, row: int, reports: int, reports_end: int
+    ) -> NoReturn:
+        """Serve connections as a worker; the whole life of its process."""
+        status = 1
+        try:
+            self._signals.close()
+            for descriptor in (self._life_end, reports, *self._workers):
+                os.close(descriptor)
+            self._limit.use_row(row)
+            shared = self._daemon.make_shared()
+            shared.affinity.pin(os.getppid() + number)
+            signals = Signals(is_worker=True)
+            signals.on_end(functools.partial(end_at_once, self._listener.end_now))
+            self._listener.attach(shared, signals)
+            signals.install()
+            serve_as_worker(self._listener, shared, signals, self._life, reports_end)
+            status = 0
+        finally:
+            if status:
+                log_fault(self._log, *sys.exc_info())
+            os._exit(status)
+
+    def _watch(self, seconds: Optional[float]) -> None:
+        """Wait for a signal, or for what a worker reports."""
+        poller = select.poll()
+        poller.register(self._signals.fileno(), select.POLLIN)
+        for descriptor in self._workers:
+            poller.register(descriptor, select.POLLIN)
+        for ready, _ in poller.poll(None if seconds is None else seconds * 1000):
+            if ready not in self._workers:
+                self._signals.drain()
+            elif not self._workers[ready].receive():
+                self._bury(self._workers.pop(ready))
+
+    def _bury(self, worker: Worker) -> None:
+        """Forget a worker that has ended."""
+        os.close(worker.reports)
+        status = wait_for_exit(worker.pid)
+        self._limit.clear_row(worker.row)
+        if worker.snapshot:
+            self._ended.add(worker.snapshot)
+            self._ended.forget_resources()
+        if worker.is_retired or self._signals.count:
+            self._log.debug(f"worker process has ended (pid {worker.pid})")
+            return
+        how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+        self._log.error(f"worker process died (pid {worker.pid}): {how}")
+
+    # Signals
+
+    def _report(self) -> None:
+        """Log one report over all workers."""
+        for worker in self._workers.values():
+            worker.is_asked = True
+            worker.signal(signal.SIGUSR1)
+        deadline = Deadline(REPORT_PATIENCE)
+        while (
+            any(worker.is_asked for worker in self._workers.values())
+            and not deadline.has_passed
+        ):
+            self._watch(deadline.left)
+        total = Statistics(self._begun)
+        total.note_resources()
+        total.add(self._ended.pack())
+        for worker in self._workers.values():
+            if worker.snapshot:
+                total.add(worker.snapshot)
+        log_report(total, self._limit, self._log)
+
+    def _reload(self) -> None:
+        """Read the configuration again; new workers serve new connections by it."""
+        if len(self._workers) > self._limit.MOST_ROWS - MAX_PROCESSES:
+            self._log.error("couldn't reload: too many old worker processes")
+            return
+        if not self._daemon.reload():
+            return
+        old = self._current()
+        for worker in old:
+            worker.is_retired = True
+        for number in range(process_count(self._daemon.config)):
+            self._fork(number)
+        for worker in old:
+            worker.signal(signal.SIGHUP)
+
+    # The end
+
+    def end(self) -> None:
+        """Stop listening, and see the workers end in good order."""
+        self._listener.server_close()
+        os.close(self._life_end)
+        for worker in self._workers.values():
+            worker.signal(signal.SIGCONT)  # one that has been stopped could not end
+        deadline = Deadline(DATA_GRACE + FILTER_GRACE + LAST_GRACE)
+        while self._workers and self._signals.count < 2 and not deadline.has_passed:
+            self._watch(deadline.left)
+        if self._workers:
+            self.end_now()
+
+    def end_now(self) -> None:
+        """End the workers at once; nothing here may write to the log."""
+        self._listener.server_close()
+        workers = list(self._workers.values())
+        for worker in workers:
+            worker.signal(signal.SIGQUIT, signal.SIGCONT)
+        deadline = Deadline(WORKERS_GRACE)
+        while workers:
+            if deadline.has_passed:
+                for worker in workers:
+                    worker.signal(signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):  # it has been waited for
+                if not os.waitpid(workers[-1].pid, os.WNOHANG)[0]:
+                    time.sleep(0.01)
+                    continue
+            workers.pop()
+
+
+def serve_as_worker(
+    listener: Listener, shared: Shared, signals: Signals, life: int, reports: int
+) -> None:
+    """Serve connections until this worker is retired, or has to end.
+
+    `life` hangs up when the supervisor has ended; `reports` takes statistics.
+    """
+    statistics = shared.statistics
+    while not signals.count and not signals.take_reload():
+        listener.serve(life)
+        if signals.take_report():
+            send_report(statistics, reports)
+    while not signals.count and listener.connections:
+        listener.finish(life)
+        if signals.take_report():
+            send_report(statistics, reports)
+    listener.end()
+    send_report(statistics, reports)
+
+
+def send_report(statistics: Statistics, reports: int) -> None:
+    """Send the statistics of this worker to the supervisor, if it still lives."""
+    statistics.note_resources()
+    packed = statistics.pack()
+    with contextlib.suppress(OSError):
+        write_all(reports, len(packed).to_bytes(4, "big") + packed)
+
+
+def serve_alone(daemon: Daemon) -> None:
+    """Serve connections without workers until a signal ends the daemon."""
+    listener, signals = daemon.listener, daemon.signals
+    listener.shared.affinity.pin(os.getpid())
+    while not signals.count:
+        listener.serve()
+        if signals.take_report():
+            statistics = listener.shared.statistics
+            statistics.note_resources()
+            log_report(statistics, daemon.limit, daemon.log)
+        if signals.take_reload() and daemon.reload():
+            listener.attach(listener.shared.with_config(daemon.config), signals)
+    listener.end()
+
+
+def log_report(statistics: Statistics, limit: ConnectionLimit, log: Log) -> None:
+    for line in statistics.report(limit.total, limit.peak):
+        log.notice(f"statistics: {line}")
+
+
+def process_count(config: Config) -> int:
+    """Return how many processes serve connections (Processes)."""
+    if config.processes:
+        return config.processes
+    processors = len(usable_processors()) or os.cpu_count() or 1
+    return max(1, min(processors, config.max_connections // CONNECTIONS_EACH))
+
+
+# ---------------------------------------------------------------------------
 # The dry run (-t with messages)
 # ---------------------------------------------------------------------------
 
@@ -4796,7 +5346,7 @@ class DryRun:
         self._log = log
         self._directory = directory
         self._given = inherited_environment()
-        self._shared = Shared(config, log, self._given, Processors(wanted=False))
+        self._shared = Shared(config, log, self._given)
         self._counts = dict.fromkeys(("passed", "dropped", "refused", "broken"), 0)
 
     def run(self, names: Sequence[str]) -> int:
@@ -4964,109 +5514,6 @@ def envelope_of(message: bytes) -> dict[bytes, bytes]:
 
 
 # ---------------------------------------------------------------------------
-# Processors
-# ---------------------------------------------------------------------------
-
-
-class Processors:
-    """Keeps our threads on one processor: the one that others use least.
-
-    Only one thread at a time runs Python.  Where the system spreads them, the
-    interpreter's lock is handed from processor to processor at every system call:
-    with 20 sessions that costs twice the work itself (make bench).  The filters
-    may have all processors.  Without `wanted`, or elsewhere than on Linux, this
-    does nothing.
-    """
-
-    def __init__(self, wanted: bool) -> None:
-        self._all: set[int] = set()
-        self._own: Optional[int] = None
-        self._checked = 0.0
-        self._used: dict[int, float] = {}  # seconds by others, until `_checked`
-        if IS_LINUX and wanted:
-            with contextlib.suppress(OSError):
-                self._all = os.sched_getaffinity(0)
-
-    def choose(self) -> None:
-        """Begin, where there is a choice and the system lets us make it."""
-        if len(self._all) > 1:
-            self._checked = time.monotonic()
-            with self._tolerance():
-                used = processor_seconds()
-                self._move(min(self._all, key=lambda number: used[number]))
-
-    def check(self) -> None:
-        """Move, if it is time to look and another processor is more free."""
-        seconds = time.monotonic() - self._checked
-        if self._own is not None and seconds >= PROCESSOR_CHECK:
-            self._checked += seconds
-            with self._tolerance():
-                self._move_if_crowded(self._own, seconds)
-
-    @contextlib.contextmanager
-    def _tolerance(self) -> Iterator[None]:
-        """Nothing that goes wrong in here is worth more than to stay where we are."""
-        try:
-            yield
-        except (OSError, MemoryError):
-            pass  # the system is exhausted, and this can wait
-        except (KeyError, ValueError):
-            # A container's /proc may number the processors in its own way, and one
-            # may be taken away at any time.
-            self._own = None
-
-    def _move_if_crowded(self, own: int, seconds: float) -> None:
-        before, self._used = self._used, self._used_by_others()
-        share = {n: (self._used[n] - before[n]) / seconds for n in self._all}
-        best = min(self._all, key=lambda number: share[number])
-        if share[own] - share[best] > PROCESSOR_SHARE:
-            self._move(best)
-
-    def _used_by_others(self) -> dict[int, float]:
-        """The seconds that each processor has worked, but for us, until now."""
-        used = processor_seconds()
-        if self._own is not None:
-            used[self._own] -= time.process_time()
-        return used
-
-    def _move(self, number: int) -> None:
-        # What we used stays where we used it; only differences count.
-        self._own = number
-        self._used = self._used_by_others()
-        for thread in os.listdir("/proc/self/task"):
-            with contextlib.suppress(OSError):  # it has ended
-                os.sched_setaffinity(int(thread), {number})
-
-    @contextlib.contextmanager
-    def all(self) -> Iterator[None]:
-        """For this thread all processors, as a child that it starts inherits."""
-        if self._own is None:
-            yield
-            return
-        # What the system has taken away meanwhile must not stop a filter.
-        with contextlib.suppress(OSError):
-            os.sched_setaffinity(0, self._all)
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                os.sched_setaffinity(0, {self._own})
-
-
-def processor_seconds() -> dict[int, float]:
-    """How long each processor has worked since the system started (proc(5))."""
-    ticks = os.sysconf("SC_CLK_TCK")
-    used = {}
-    with open("/proc/stat", "rb") as file:
-        for line in file:
-            name, *times = line.split()
-            if name.startswith(b"cpu") and name != b"cpu":
-                user, nice, system, _idle, _iowait, *interrupts = map(int, times[:8])
-                used[int(name[3:])] = (user + nice + system + sum(interrupts)) / ticks
-    return used
-
-
-# ---------------------------------------------------------------------------
 # Signals, pid file, privileges
 # ---------------------------------------------------------------------------
 
@@ -5077,46 +5524,72 @@ def stop_start() -> NoReturn:
 
 
 class Signals:
-    """Counts the signals that end the daemon, notes the one that asks for a report,
-    and wakes the main thread.
+    """Counts the signals that end the process, notes the others, wakes the main thread.
 
-    What a first and a second one do at once, whatever the main thread waits for, are
-    `at_first` and `at_second`; the interpreter writes to the descriptor.
+    Until `on_end` is called, a signal interrupts the start.  A worker's signals come
+    from the supervisor, but SIGTERM from others as well (systemd signals all): it is
+    not counted twice there, and SIGQUIT is the second one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_worker: bool = False) -> None:
         self.count = 0
-        self.at_first: Callable[[], object] = stop_start
-        self.at_second: Callable[[], object] = lambda: None
-        self._wants_report = False
+        self._at_first: Callable[[], object] = stop_start
+        self._at_second: Callable[[], object] = lambda: None
+        self._is_worker = is_worker
+        self._noted: dict[int, bool] = {}
         self._read_end, self._write_end = os.pipe()
         os.set_blocking(self._read_end, False)
         os.set_blocking(self._write_end, False)
 
     def install(self) -> None:
-        # SIGCHLD would restart the wait of some thread each time a filter exits.  What
-        # else our parent has blocked is unblocked.
-        signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGCHLD})
         signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         signal.signal(signal.SIGTERM, self._count)
         signal.signal(signal.SIGINT, self._count)
-        signal.signal(signal.SIGUSR1, self._want_report)
+        if self._is_worker:
+            signal.signal(signal.SIGQUIT, self._quit)
+        signal.signal(signal.SIGUSR1, self._note)
+        signal.signal(signal.SIGHUP, self._note)
         # A handler, unlike SIG_IGN, does not reach the filters.
-        signal.signal(signal.SIGHUP, lambda _number, _frame: None)
         signal.signal(signal.SIGPIPE, lambda _number, _frame: None)
+        # SIGCHLD would restart the wait of some thread each time a filter exits.  What
+        # else our parent has blocked is unblocked.
+        signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGCHLD})
+
+    def on_end(self, end_at_once: Callable[[], object]) -> None:
+        """From now on the first signal is only counted, and the second calls this.
+
+        It is called by the signal handler, whatever the main thread waits for.
+        """
+        self._at_second = end_at_once
+        self._at_first = lambda: None
+
+    def close(self) -> None:
+        """Close the descriptors, in a process that makes its own."""
+        signal.set_wakeup_fd(-1)
+        os.close(self._read_end)
+        os.close(self._write_end)
 
     def _count(self, _number: int, _frame: object) -> None:
-        self.count += 1
-        if self.count <= 2:
-            (self.at_first if self.count == 1 else self.at_second)()
+        self.count += not (self._is_worker and self.count)
+        if self.count == 1:
+            self._at_first()
+        elif self.count == 2:
+            self._at_second()
 
-    def _want_report(self, _number: int, _frame: object) -> None:
-        self._wants_report = True
+    def _quit(self, _number: int, _frame: object) -> None:
+        self.count = 2
+        self._at_second()
+
+    def _note(self, number: int, _frame: object) -> None:
+        self._noted[number] = True
 
     def take_report(self) -> bool:
         """Return whether SIGUSR1 has come since the last call."""
-        wanted, self._wants_report = self._wants_report, False
-        return wanted
+        return self._noted.pop(signal.SIGUSR1, False)
+
+    def take_reload(self) -> bool:
+        """Return whether SIGHUP has come since the last call."""
+        return self._noted.pop(signal.SIGHUP, False)
 
     def fileno(self) -> int:
         return self._read_end
@@ -5555,6 +6028,14 @@ def inherited_environment() -> dict[bytes, bytes]:
     return environment
 
 
+def filters_environment(user: str) -> dict[bytes, bytes]:
+    """Return the environment that filters inherit, before a message adds to it."""
+    environment = {**inherited_environment(), **user_environment(user)}
+    for name in (b"NOTIFY_SOCKET", b"LISTEN_PID", b"LISTEN_FDS", b"LISTEN_FDNAMES"):
+        environment.pop(name, None)
+    return environment
+
+
 def user_environment(user: str) -> dict[bytes, bytes]:
     """Return what login(1) would set for the User that the filters run as, if set."""
     entry = find_user(user) if user else None
@@ -5591,12 +6072,33 @@ def close_on_exec() -> None:
                 os.set_inheritable(descriptor, False)
 
 
-def close_inherited() -> None:
+def passed_socket() -> Optional[socket.socket]:
+    """Return the listening socket that systemd has passed (sd_listen_fds(3)), or None.
+
+    Raises `SystemRefused` if it has passed something else.
+    """
+    count = os.environ.get("LISTEN_FDS", "0")
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) or count == "0":
+        return None
+    if count != "1":
+        raise SystemRefused(f"expected one listening socket, got {shown(count)}")
+    try:
+        sock = socket.socket(fileno=FIRST_PASSED)
+        is_listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError as error:
+        raise SystemRefused(f"couldn't use passed socket: {reason(error)}") from error
+    if sock.type != socket.SOCK_STREAM or not is_listening:
+        raise SystemRefused("couldn't use passed socket: it is no listening stream")
+    sock.set_inheritable(False)
+    return sock
+
+
+def close_inherited(kept: Optional[socket.socket]) -> None:
     """Close what the caller left open above 2, before anything of ours is open."""
     syslog.closelog()  # the start may have logged already
     syslog.openlog(NAME, 0, syslog.LOG_MAIL)
     for descriptor in possible_descriptors():
-        if descriptor > 2:
+        if descriptor > 2 and (kept is None or descriptor != kept.fileno()):
             with contextlib.suppress(OSError):
                 os.close(descriptor)
 
@@ -5709,22 +6211,29 @@ def main(arguments: Sequence[str]) -> int:
         text = f"{NAME} (version {VERSION})\n          (config: {CONFIG_FILE})"
         return print_answer(text, log)
     try:
-        open_standard_descriptors()
-        config = load_config(options.config_file, log)
-        if config is None:
-            return 2
-        directory = working_directory()
-        if options.debug_level is None:
-            os.chdir("/")  # where a daemon works
-        if options.messages:
-            close_on_exec()
-            return DryRun(config, log, directory).run(options.messages)
-        return check(config, log) if options.check else run(config, options, log)
+        return carry_out(options, log)
     except SystemRefused as error:
         log.error(str(error))
     except KeyboardInterrupt:
         pass  # before there was anything to end in good order
     return 1
+
+
+def carry_out(options: Options, log: Log) -> int:
+    """Read the configuration, and be the daemon, or check, or run dry."""
+    open_standard_descriptors()
+    config = load_config(options.config_file, log)
+    if config is None:
+        return 2
+    directory = working_directory()
+    if options.debug_level is None:
+        os.chdir("/")  # where a daemon works
+    if options.messages:
+        close_on_exec()
+        return DryRun(config, log, directory).run(options.messages)
+    if options.check:
+        return check(config, log)
+    return Daemon(config, options, log, directory).run()
 
 
 def make_log(options: Options) -> Log:
@@ -5791,75 +6300,156 @@ def give_up_output(error: OSError, log: Log) -> None:
         log.error(reason(fault))
 
 
-def run(config: Config, options: Options, log: Log) -> int:
-    """Be the daemon, from binding to the end; return the exit status.
+class Daemon:
+    """The daemon from binding to its end, as the only process or the supervisor."""
 
-    All that can fail comes before the parent exits or systemd hears READY.
-    """
-    is_daemon = options.debug_level is None
-    with contextlib.ExitStack() as at_end:
+    def __init__(
+        self, config: Config, options: Options, log: Log, directory: bytes
+    ) -> None:
+        """`directory` is what the configuration's path is relative to."""
+        self.config = config
+        self.log = log
+        self.is_alone = process_count(config) == 1
+        self.signals: Signals  # from `_start` on, as the next two
+        self.limit: ConnectionLimit
+        self.listener: Listener
+        self._is_detached = options.debug_level is None
+        self._path = to_text(os.path.join(directory, to_octets(options.config_file)))
+        self._pid_file = config.pid_file or options.pid_file
+        self._has_two_pid_files = bool(config.pid_file and options.pid_file)
+        self._environment: dict[bytes, bytes] = {}  # of the filters
+        self._descriptor_limit = 0  # of the filters, if it is not ours
+        self._manager = ServiceManager(b"")
+
+    def run(self) -> int:
+        """Start, serve connections until a signal comes, and end; return the status."""
+        with contextlib.ExitStack() as at_end:
+            try:
+                supervisor = self._start(at_end)
+            except OSError as error:
+                raise SystemRefused(f"couldn't start: {reason(error)}") from error
+            except KeyboardInterrupt:
+                # The parent of a daemon has not reported success yet.
+                return 1 if self._is_detached else 0
+            sys.excepthook = functools.partial(log_fault, self.log)
+            at_end.callback(self._manager.tell, b"STOPPING=1")
+            if supervisor is None:
+                serve_alone(self)
+            else:
+                supervisor.run()
+        self.log.debug("stopped processing")
+        return 0
+
+    def _start(self, at_end: contextlib.ExitStack) -> Optional[Supervisor]:
+        """Do all that can fail, and only then report success.
+
+        What has to be undone is left to `at_end`.  Returns the supervisor, if there are
+        to be workers.
+        """
+        config = self.config
+        self.log.debug(f"starting up ({VERSION})...")
+        name_process()
+        passed = passed_socket()
+        close_inherited(passed)
+        self._descriptor_limit = raise_descriptor_limit(config)
+        timeval_form()  # while there are descriptors
+        if config.filter_command:
+            best_spawn()  # loads now, not at the first message, what it needs
+        self._log_warnings()
+        self.signals = Signals()
+        self.signals.install()  # whoever sees us listen may send one
+        self._environment = filters_environment(config.user)
+        if not self._is_detached:  # else the exit of the parent is the notification
+            self._manager = ServiceManager(os.environb.get(b"NOTIFY_SOCKET", b""))
+        self.limit = ConnectionLimit(config.temp_directory, is_shared=not self.is_alone)
+        with held_signals():
+            self.listener = Listener(config, self.log, self.limit, passed)
+            at_end.callback(self.listener.server_close)
+        parent = detach() if self._is_detached else None
+        self.listener.own()
+        write_pid_file(self._pid_file, at_end)
+        drop_privileges(config, self.log)
+        threading.stack_size(STACK_SIZE)
+        if parent is not None:
+            self.log.places = (to_syslog,)
+            self.log.info("running as a daemon")
+            announce(parent)
+        self._manager.tell(b"READY=1")
+        supervisor = None
+        if self.is_alone:
+            self.listener.attach(self.make_shared(), self.signals)
+        else:
+            supervisor = Supervisor(self)
+        end_now = (supervisor or self.listener).end_now
+        self.signals.on_end(functools.partial(end_at_once, end_now, at_end))
+        return supervisor
+
+    def _log_warnings(self) -> None:
+        """Log what is probably not meant, but no reason not to start."""
+        for text in warnings_of(self.config):
+            self.log.warning(text)
+        if not self.config.has_filter:
+            self.log.warning("no filter command specified. passing message through")
+        if self._has_two_pid_files:
+            self.log.warning("ignoring pid file specified on the command line.")
+
+    def make_shared(self) -> Shared:
+        """Return what the sessions of a process share, under the present settings."""
+        address = self.listener.address_family, self.listener.server_address
+        return Shared(
+            self.config, self.log, self._environment, address, self._descriptor_limit
+        )
+
+    def reload(self) -> bool:
+        """Read the configuration again (SIGHUP); return whether it was taken.
+
+        If it has errors, they are logged, and all stays as it was.
+        """
+        monotonic = time.monotonic_ns() // 1000
+        self._manager.tell(b"RELOADING=1\nMONOTONIC_USEC=%d" % monotonic)
+        config = None
         try:
-            log.debug(f"starting up ({VERSION})...")
-            name_process()
-            close_inherited()
-            descriptor_limit = raise_descriptor_limit(config)
-            timeval_form()  # while there are descriptors
-            if config.filter_command:
-                best_spawn()  # loads now, not at the first message, what it needs
-            log_start_warnings(config, options, log)
-            signals = Signals()
-            signals.install()  # whoever sees us listen may send one
-            environment = {**inherited_environment(), **user_environment(config.user)}
-            notify_path = environment.pop(b"NOTIFY_SOCKET", b"")
-            # A daemon's parent exits; that is what its caller waits for.
-            manager = ServiceManager(b"" if is_daemon else notify_path)
-            processors = Processors(config.one_processor)
-            shared = Shared(config, log, environment, processors, descriptor_limit)
-            with held_signals():
-                listener = Listener(shared, signals)
-                at_end.callback(listener.server_close)
-            ready = detach() if is_daemon else None
-            write_pid_file(config.pid_file or options.pid_file, at_end)
-            drop_privileges(config, log)
-            threading.stack_size(STACK_SIZE)
-            processors.choose()
-            if ready is not None:
-                log.places = (to_syslog,)
-                log.info("running as a daemon")
-                announce(ready)
-            manager.tell(b"READY=1")
-            signals.at_second = functools.partial(end_at_once, listener, at_end)
-            signals.at_first = lambda: None  # `serve` looks at the count
-        except OSError as error:
-            raise SystemRefused(f"couldn't start: {reason(error)}") from error
-        except KeyboardInterrupt:
-            # The parent of a daemon has not reported success yet.
-            return 1 if is_daemon else 0
-        sys.excepthook = functools.partial(log_fault, log)
-        try:
-            listener.serve()
-        finally:
-            manager.tell(b"STOPPING=1")
-            listener.end()
-    log.debug("stopped processing")
-    return 0
+            config = load_config(self._path, self.log)
+        except SystemRefused as error:
+            self.log.error(str(error))
+        if config is None:
+            self.log.error("configuration has errors, and stays as it was")
+        else:
+            self._keep_settings_of_the_start(config)
+            self.config = config
+            self._log_warnings()
+            raise_descriptor_limit(config)
+            self.log.notice("configuration reloaded")
+        self._manager.tell(b"READY=1")
+        return config is not None
+
+    def _keep_settings_of_the_start(self, config: Config) -> None:
+        """Take back what cannot change without a restart."""
+        changed = []
+        for name in _SETTINGS_OF_THE_START:
+            attribute = _SETTINGS_BY_NAME[name.lower()].attribute
+            old = getattr(self.config, attribute)
+            if getattr(config, attribute) != old:
+                changed.append(name)
+                setattr(config, attribute, old)
+        if self.is_alone and process_count(config) > 1:
+            changed.append("Processes")
+        for name in changed:
+            self.log.warning(f"{name} stays as it was: it needs a restart to change")
 
 
-def end_at_once(listener: Listener, at_end: contextlib.ExitStack) -> NoReturn:
+def end_at_once(
+    end_now: Callable[[], object], at_end: Optional[contextlib.ExitStack] = None
+) -> NoReturn:
     """End the process from a signal handler; nothing here may write to the log."""
-    listener.end_now()
-    at_end.close()
+    end_now()
+    if at_end is not None:
+        at_end.close()
     os._exit(0)
 
 
-def log_start_warnings(config: Config, options: Options, log: Log) -> None:
-    """Log what is probably not meant, but no reason not to start."""
-    for text in warnings_of(config):
-        log.warning(text)
-    if not config.has_filter:
-        log.warning("no filter command specified. passing message through")
-    if config.pid_file and options.pid_file:
-        log.warning("ignoring pid file specified on the command line.")
+# Settings whose effect is over when the daemon has started.
+_SETTINGS_OF_THE_START = ("Listen", "PidFile", "TransparentProxy", "User")
 
 
 def log_fault(
@@ -5872,16 +6462,17 @@ def log_fault(
 
 
 _ENDING = (signal.SIGTERM, signal.SIGINT)
+_HANDLED = (*_ENDING, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1)
 
 
 @contextlib.contextmanager
 def held_signals() -> Iterator[None]:
     """Hold back the signals that interrupt the start, for a step of it."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
 
 
 def detach() -> int:

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from comparison import ORIGINAL, SIDES, Dialogue, run_dialogue
-from helpers import program_under_test, requires
+from comparison import SIDES, Dialogue, run_dialogue
+from helpers import ORIGINAL, program_under_test, requires
 from smtp import Close, Reply, Reset
 
 pytestmark = requires("proxsmtp", ORIGINAL)

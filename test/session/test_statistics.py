@@ -427,7 +427,8 @@ def test_last_thousand_times_are_kept() -> None:
     statistics = Statistics()
     for number in range(1500):
         statistics.note_message("FILTERED", 0, float(number))
-    found = parse(statistics.report(0))
+    statistics.note_resources()
+    found = parse(statistics.report(0, 0))
     assert found.filter is not None
     assert (found.filter.number, found.filter.longest) == (1000, 1499)
     assert 999 <= found.filter.median <= 1001
@@ -449,7 +450,8 @@ def test_last_thousand_times_are_kept() -> None:
 def test_kinds(status: str, kind: str) -> None:
     statistics = Statistics()
     statistics.note_message(status, 7)
-    found = parse(statistics.report(0))
+    statistics.note_resources()
+    found = parse(statistics.report(0, 0))
     assert (found.kinds, found.octets) == (f"1 {kind}", 7)
 
 
@@ -457,4 +459,4 @@ def test_clock_that_is_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """Durations are measured by a clock that nobody sets."""
     statistics = Statistics()
     monkeypatch.setattr(time, "time", lambda: 0.0)
-    assert re.fullmatch(r"since .*, [0-9]+ seconds", statistics.report(0)[0])
+    assert re.fullmatch(r"since .*, [0-9]+ seconds", statistics.report(0, 0)[0])

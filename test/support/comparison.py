@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from smtp import Reply
 
-ORIGINAL = "/usr/sbin/proxsmtpd"
 
 # The addresses of the programs and of their servers.  No client's socket is ever bound
 # to these, so that a port that is free now is still free when somebody binds it.

@@ -36,6 +36,7 @@ from smtp import RawClient, Recorded, ScriptedServer
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = str(ROOT / "proxsmtpd.py")
 OTHER_SYSTEM = str(Path(__file__).resolve().parent / "other_system.py")
+ORIGINAL = "/usr/sbin/proxsmtpd"  # Debian's package of the C program
 MARKER = "PROXSMTPD_TEST"
 TRACEBACK = "Traceback (most recent call last)"
 PATIENCE = 10.0  # seconds for the program
@@ -405,8 +406,13 @@ class DaemonFactory:
     ) -> Daemon:
         """A running daemon; `options` are for its Popen."""
         config = self._place / f"proxsmtpd-{len(self._daemons)}" / "proxsmtpd.conf"
-        text = self._configure(config, settings_text(settings), server or self._server)
+        logs_elsewhere = bool(program)
         program = program or self._program or program_under_test()
+        text = settings_text(settings)
+        if ORIGINAL not in program and not has_setting(text, "Processes"):
+            # One process, whose threads and files a test can look at.
+            text += f"Processes: {os.environ.get('PROXSMTPD_PROCESSES', '1')}\n"
+        text = self._configure(config, text, server or self._server)
         command = [*program, "-d", level, "-f", config, *args]
         daemon = Daemon(
             [str(word) for word in command],
@@ -419,7 +425,7 @@ class DaemonFactory:
         self._daemons.append(daemon)
         if wait:
             daemon.wait_listening()
-            if level >= 4 and not program:  # which may log elsewhere
+            if level >= 4 and not logs_elsewhere:
                 daemon.wait_log("accepting connections$")
         return daemon
 

@@ -24,7 +24,6 @@ from proxsmtpd import (
     FilterRun,
     KeepAlive,
     Log,
-    Processors,
     Spawn,
     Transaction,
     UnlockedSpawn,
@@ -49,7 +48,7 @@ def log_lines() -> LogLines:
 def process(log_lines: LogLines) -> FilterRun:
     """A filter's process that has not been started."""
     config, _ = program.parse_config(b"OutAddress: 25\n", "")
-    shared = program.Shared(config, log_lines.log, {}, Processors(wanted=False))
+    shared = program.Shared(config, log_lines.log, {})
     return FilterRun(shared, log_lines.log)
 
 
@@ -315,7 +314,7 @@ def test_file_that_cannot_be_removed(
         b"OutAddress: 25\nFilterType: file\nTempDirectory: %s\n" % bytes(tmp_path), ""
     )
     assert errors == []
-    shared = program.Shared(config, log_lines.log, {}, Processors(wanted=False))
+    shared = program.Shared(config, log_lines.log, {})
 
     def read_only(*_arguments: Any) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
@@ -364,8 +363,8 @@ def test_ipv6_where_a_socket_cannot_serve_ipv4(
             f"OutAddress: 25\nListen: {listen}\n".encode(), ""
         )
         assert errors == []
-        shared = program.Shared(config, log_lines.log, {}, Processors(wanted=False))
-        with program.Listener(shared, program.Signals()).socket:
+        limit = program.ConnectionLimit(b"/tmp", is_shared=False)
+        with program.Listener(config, log_lines.log, limit).socket:
             assert log_lines == [f"created socket: {listen}"]
 
 

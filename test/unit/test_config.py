@@ -158,9 +158,9 @@ DEFAULTS = {
     "Listen": "10025",
     "MaxConnections": "64",
     "MaxMessageSize": "0",
-    "OneProcessor": "on",
     "OutAddress": "",
     "PidFile": "",
+    "Processes": "auto",
     "ProxyProtocol": "off",
     "Skip": "",
     "TempDirectory": "/tmp",
@@ -233,6 +233,9 @@ VALUES: dict[str, tuple[str, str, object]] = {
     "out with port": ("OutAddress", "h.x:26", ("h.x:26", "h.x", 26, "")),
     "connections, least": ("MaxConnections", "1", 1),
     "connections, most": ("MaxConnections", "10240", 10240),
+    "all processors": ("Processes", "Auto", 0),
+    "processes, least": ("Processes", "1", 1),
+    "processes, most": ("Processes", "256", 256),
     "pid file": ("PidFile", "/run/p d.pid", "/run/p d.pid"),
     # As C, where an empty value is no pid file.
     "no pid file": ("PidFile", "", ""),
@@ -327,6 +330,10 @@ BAD_VALUES: dict[str, tuple[list[str], str]] = {
         ["", "-1", "10M", "1e6", "1 000"],
         "invalid setting: MaxMessageSize (must be a whole number of octets, 0 or more)",
     ),
+    "Processes": (
+        ["", "0", "257", "-1", "two", "autos", "1.5"],
+        "invalid setting: Processes (must be 'auto' or a number from 1 to 256)",
+    ),
     "ProxyProtocol": (WORDS, f"invalid value for ProxyProtocol {SWITCH}"),
     "FilterReject": (
         ["250 Ok", "200", "299-x"],
@@ -342,7 +349,6 @@ BAD_VALUES: dict[str, tuple[list[str], str]] = {
     ),
     "User": ([""], "invalid setting: User (must be a user's name or number)"),
     "XClient": (WORDS, f"invalid value for XClient {SWITCH}"),
-    "OneProcessor": (WORDS, f"invalid value for OneProcessor {SWITCH}"),
     "TransparentProxy": (
         WORDS,
         "invalid value for TransparentProxy (must specify 'off' or 'client' or 'full')",

@@ -1,0 +1,630 @@
+"""Processes, SIGHUP and socket activation: a supervisor, its workers, the old ones."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from helpers import (
+    MESSAGE,
+    QUEUED,
+    Daemon,
+    MakeFilter,
+    MakeServer,
+    StartDaemon,
+    is_listening,
+    poll,
+    port_of,
+    program_under_test,
+    requires,
+    reserve_port,
+)
+from smtp import Delay, RawClient, ScriptedServer
+
+PROCESSORS = os.sched_getaffinity(0) if sys.platform == "linux" else {0}
+ACTIVATE = "/usr/bin/systemd-socket-activate"
+TRANSACTION = b"EHLO c.example\r\nMAIL FROM:<a@b.example>\r\nRCPT TO:<c@d.example>\r\n"
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started, in the order of their start."""
+    with contextlib.suppress(FileNotFoundError):
+        text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+        return [int(word) for word in text.split()]
+    return []
+
+
+def workers(daemon: Daemon, count: int) -> list[int]:
+    """Wait until a daemon has so many workers, and return their pids."""
+    pid = daemon.process.pid
+    assert poll(lambda: len(children(pid)) == count), children(pid)
+    return children(pid)
+
+
+def status_of(pid: int, name: str) -> str:
+    """A field of a process's status (proc(5))."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    [value] = re.findall(rf"^{name}:\s*(.*)$", text, re.M)
+    return str(value)
+
+
+def rewrite(daemon: Daemon, settings: Mapping[str, object]) -> None:
+    """Replace settings in a daemon's configuration, at once."""
+    lines = daemon.config.read_text().splitlines()
+    kept = [n for n in lines if n.partition(":")[0] not in settings]
+    more = [f"{name}: {value}" for name, value in settings.items()]
+    beside = daemon.config.with_suffix(".new")
+    beside.write_text("\n".join([*kept, *more, ""]))
+    beside.rename(daemon.config)
+
+
+def reload(daemon: Daemon, **settings: object) -> None:
+    """Change settings, and wait until the daemon has taken them."""
+    done = daemon.log().count("configuration reloaded")
+    rewrite(daemon, settings)
+    daemon.process.send_signal(signal.SIGHUP)
+    assert poll(lambda: daemon.log().count("configuration reloaded") > done)
+
+
+def serving(daemon: Daemon, client: RawClient) -> int:
+    """The process that has the connection of a client."""
+    ours = f":{client.sock.getsockname()[1]:04X}"
+    table = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    inodes = [row.split()[9] for row in table if row.split()[2].endswith(ours)]
+    for pid in (daemon.process.pid, *children(daemon.process.pid)):
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                if os.readlink(entry) in [f"socket:[{inode}]" for inode in inodes]:
+                    return pid
+    raise AssertionError("nobody has the connection")
+
+
+def client_of(daemon: Daemon, pid: int) -> RawClient:
+    """A client whose session is in a certain worker."""
+    for _ in range(200):
+        client = daemon.connect()
+        client.start()
+        if serving(daemon, client) == pid:
+            return client
+        client.close()
+    raise AssertionError(f"{pid} accepts nothing")
+
+
+# --- How many processes, and what they are ---
+
+COUNTS = {
+    "Processes: 1": 0,
+    "Processes: 2": 2,
+    "Processes: 3": 3,
+    "Processes: auto\nMaxConnections: 15": 0,
+    "Processes: auto\nMaxConnections: 16": min(2, len(PROCESSORS)),
+}
+
+
+@pytest.mark.parametrize("settings", COUNTS)
+def test_number_of_workers(settings: str, proxsmtpd: StartDaemon) -> None:
+    daemon = proxsmtpd(settings)
+    expected = COUNTS[settings]
+    found = workers(daemon, expected if expected != 1 else 0)
+    names = {status_of(pid, "Name") for pid in (daemon.process.pid, *found)}
+    assert names == {"proxsmtpd"}
+    assert daemon.connect().message(MESSAGE) == QUEUED
+
+
+@pytest.mark.skipif(len(PROCESSORS) < 2, reason="needs two processors")
+def test_each_on_a_processor_of_its_own(
+    proxsmtpd: StartDaemon, filter_script: MakeFilter
+) -> None:
+    """The filters may run on all."""
+    script = filter_script("grep ^Cpus_allowed_list: /proc/self/status >&2; exit 1")
+    daemon = proxsmtpd({"Processes": 2, "FilterCommand": script})
+    places = []
+    for pid in workers(daemon, 2):
+        client = client_of(daemon, pid)
+        tasks = list(Path(f"/proc/{pid}/task").iterdir())
+        assert len(tasks) == 2
+        [place] = {frozenset(os.sched_getaffinity(int(task.name))) for task in tasks}
+        places.append(place)
+        allowed = status_of(os.getpid(), "Cpus_allowed_list")
+        answer = client.message(MESSAGE)
+        assert answer.endswith(f"?{allowed}\r\n".encode()), answer
+    assert {len(place) for place in places} == {1}
+    assert len(set(places)) == 2
+
+
+def test_numbers_are_unique(proxsmtpd: StartDaemon) -> None:
+    daemon = proxsmtpd({"Processes": 3}, level=3)
+    workers(daemon, 3)
+    for _ in range(60):
+        daemon.connect().start()
+    daemon.wait_log(r": 10003b: accepted|: 10003B: accepted")
+    numbers = re.findall(r": (\w{6}): accepted", daemon.log())
+    assert sorted(int(number, 16) for number in numbers) == list(
+        range(0x100000, 0x100000 + 60)
+    )
+
+
+def test_bound_over_all(proxsmtpd: StartDaemon) -> None:
+    daemon = proxsmtpd({"Processes": 3, "MaxConnections": 10})
+    workers(daemon, 3)
+    clients = [daemon.connect() for _ in range(10)]
+    for client in clients:
+        client.start()
+    busy = b"421 Server busy, too many connections\r\n"
+    for _ in range(5):
+        assert daemon.connect().reply() == busy
+    clients[0].close()
+
+    def accepts() -> bool:
+        with RawClient(daemon.address) as client:
+            return client.reply() != busy
+
+    assert poll(accepts)
+
+
+# --- Workers that die, stop, or lose their supervisor ---
+
+
+def test_killed_worker_is_replaced(proxsmtpd: StartDaemon) -> None:
+    """Its connections are given back, the others do not notice."""
+    daemon = proxsmtpd({"Processes": 2, "MaxConnections": 6})
+    killed, other = workers(daemon, 2)
+    kept = client_of(daemon, other)
+    lost = [client_of(daemon, killed) for _ in range(3)]
+    os.kill(killed, signal.SIGKILL)
+    for client in lost:
+        with pytest.raises((AssertionError, OSError)):
+            client.reply()
+    daemon.wait_log(rf"worker process died \(pid {killed}\): killed by signal 9$")
+    assert killed not in workers(daemon, 2)
+    clients = [daemon.connect() for _ in range(5)]
+    for client in clients:
+        client.start()
+    assert daemon.connect().reply()[:3] == b"421"
+    kept.expect(b"NOOP", b"250")
+
+
+def test_workers_that_die_at_once_do_not_spin(proxsmtpd: StartDaemon) -> None:
+    daemon = proxsmtpd({"Processes": 2})
+    ended = threading.Event()
+
+    def kill_all() -> None:
+        while not ended.is_set():
+            for pid in children(daemon.process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            ended.wait(0.01)
+
+    workers(daemon, 2)
+    killer = threading.Thread(target=kill_all)
+    killer.start()
+    try:
+        time.sleep(2)  # The span that is measured.
+    finally:
+        ended.set()
+        killer.join()
+    assert 4 <= daemon.log().count("worker process died") <= 12
+    workers(daemon, 2)
+    assert daemon.connect().message(MESSAGE) == QUEUED
+
+
+def test_stopped_worker_holds_up_its_own_clients_only(proxsmtpd: StartDaemon) -> None:
+    daemon = proxsmtpd({"Processes": 2})
+    stopped, other = workers(daemon, 2)
+    waiting = client_of(daemon, stopped)
+    os.kill(stopped, signal.SIGSTOP)
+    for _ in range(20):
+        client = daemon.connect()
+        assert client.message(MESSAGE) == QUEUED
+        assert serving(daemon, client) == other
+    os.kill(stopped, signal.SIGCONT)
+    waiting.expect(b"NOOP", b"250")
+
+
+def test_stopped_worker_ends_with_the_daemon(proxsmtpd: StartDaemon) -> None:
+    daemon = proxsmtpd({"Processes": 2})
+    stopped, _ = workers(daemon, 2)
+    os.kill(stopped, signal.SIGSTOP)
+    assert daemon.stop() == 0
+
+
+def test_workers_without_a_supervisor_end_in_good_order(
+    make_server: MakeServer, proxsmtpd: StartDaemon
+) -> None:
+    """A message in its DATA phase is brought to its end."""
+    server = make_server({"DOT": Delay(1, QUEUED)})
+    daemon = proxsmtpd({"Processes": 2}, server=server)
+    pids = workers(daemon, 2)
+    idle = daemon.connect()
+    idle.start()
+    client = daemon.connect()
+    client.start()
+    client.send(TRANSACTION + b"DATA\r\n")
+    for code in (b"250", b"250", b"250", b"354"):
+        assert client.reply()[:3] == code
+    client.send(MESSAGE + b".\r\n")
+    server.wait_line(b"DATA")
+    daemon.process.kill()
+    daemon.wait()
+    assert idle.reply() == b"421 Service shutting down\r\n"
+    assert client.reply() == QUEUED
+    assert poll(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_signal_for_all_processes_at_once(
+    signals: int, proxsmtpd: StartDaemon, server: ScriptedServer
+) -> None:
+    """As systemd sends it: no worker takes it for a second one."""
+    daemon = proxsmtpd({"Processes": 2, "FilterCommand": f"sleep {signals}; cat"})
+    pids = [daemon.process.pid, *workers(daemon, 2)]
+    client = daemon.connect()
+    client.start()
+    client.send(TRANSACTION + b"DATA\r\n")
+    for code in (b"250", b"250", b"250", b"354"):
+        assert client.reply()[:3] == code
+    client.send(MESSAGE + b".\r\n")
+    daemon.wait_log(": executed filter command")
+    begun = time.monotonic()
+    for pid in pids:
+        os.kill(pid, signal.SIGTERM)
+    if signals == 1:
+        assert client.reply() == QUEUED
+    else:
+        assert poll(lambda: not is_listening(daemon.address))
+        os.kill(daemon.process.pid, signal.SIGTERM)
+    assert daemon.wait() == 0
+    assert len(server.messages) == (1 if signals == 1 else 0)
+    if signals == 2:
+        assert time.monotonic() - begun < 1.5
+    assert poll(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+
+
+def test_statistics_of_all(proxsmtpd: StartDaemon) -> None:
+    """Also of those that have ended, as far as they have reported."""
+    daemon = proxsmtpd({"Processes": 2, "FilterCommand": "cat"}, level=2)
+    first, second = workers(daemon, 2)
+    for pid in (first, second):
+        client = client_of(daemon, pid)
+        assert client.message(MESSAGE) == QUEUED
+        client.command(b"QUIT")
+    daemon.process.send_signal(signal.SIGUSR1)
+    daemon.wait_log(r"statistics: messages: 2, 2 FILTERED; \d+ octets$")
+    daemon.wait_log("statistics: filter: last 2 times: ")
+    os.kill(first, signal.SIGKILL)
+    daemon.wait_log("worker process died")
+    assert first not in workers(daemon, 2)
+    assert daemon.connect().message(MESSAGE) == QUEUED
+    daemon.process.send_signal(signal.SIGUSR1)
+    daemon.wait_log(r"statistics: messages: 3, 3 FILTERED; \d+ octets$")
+    daemon.wait_log(r"statistics: connections: 1 now, \d+ at most, \d+ accepted")
+
+
+def test_statistics_despite_a_stopped_worker(proxsmtpd: StartDaemon) -> None:
+    daemon = proxsmtpd({"Processes": 2}, level=2)
+    stopped, _ = workers(daemon, 2)
+    os.kill(stopped, signal.SIGSTOP)
+    daemon.process.send_signal(signal.SIGUSR1)
+    daemon.wait_log("statistics: threads: ")
+    os.kill(stopped, signal.SIGCONT)
+
+
+def test_unix_socket_goes_with_the_supervisor_only(
+    proxsmtpd: StartDaemon, tmp_path: Path
+) -> None:
+    path = tmp_path / "listen.sock"
+    daemon = proxsmtpd({"Processes": 2, "Listen": path})
+    os.kill(workers(daemon, 2)[0], signal.SIGTERM)
+    daemon.wait_log("worker process died .*: exit status 0$")
+    workers(daemon, 2)
+    assert path.is_socket()
+    assert daemon.connect().message(MESSAGE) == QUEUED
+    reload(daemon, FilterCommand="cat")
+    assert daemon.connect().message(MESSAGE) == QUEUED
+    assert daemon.stop() == 0
+    assert not path.exists()
+
+
+# --- SIGHUP ---
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_reload_is_for_new_connections(
+    processes: int, proxsmtpd: StartDaemon, server: ScriptedServer
+) -> None:
+    """Old ones go on with the settings that they have begun with."""
+    daemon = proxsmtpd({"Processes": processes, "FilterCommand": "sed s/Hello/A/"})
+    old = daemon.connect()
+    old.start()
+    reload(daemon, FilterCommand="sed s/Hello/B/")
+
+    def is_new() -> bool:
+        with RawClient(daemon.address) as client:
+            assert client.message(b"Hello\r\n") == QUEUED
+        return bool(server.messages[-1].data == b"B\r\n")
+
+    assert poll(is_new)
+    assert old.message(b"Hello\r\n") == QUEUED
+    assert server.messages[-1].data == b"A\r\n"
+    old.command(b"QUIT")
+    if processes > 1:
+        workers(daemon, processes)
+    for _ in range(10):
+        assert is_new()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_reload_with_errors_changes_nothing(
+    processes: int, proxsmtpd: StartDaemon
+) -> None:
+    daemon = proxsmtpd({"Processes": processes})
+    before = workers(daemon, processes if processes > 1 else 0)
+    with daemon.config.open("a") as file:
+        file.write("Bogus: 1\nTimeOut: soon\n")
+    daemon.process.send_signal(signal.SIGHUP)
+    daemon.wait_log("configuration has errors, and stays as it was$")
+    for word in ("invalid config line: Bogus", "invalid setting: TimeOut"):
+        assert word in daemon.log()
+    assert daemon.connect().message(MESSAGE) == QUEUED
+    assert children(daemon.process.pid) == before
+    daemon.config.unlink()
+    daemon.process.send_signal(signal.SIGHUP)
+    daemon.wait_log("configuration file not found: ")
+    assert daemon.connect().message(MESSAGE) == QUEUED
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_reload_of_what_needs_a_restart(processes: int, proxsmtpd: StartDaemon) -> None:
+    daemon = proxsmtpd({"Processes": processes, "FilterCommand": "cat"})
+    with reserve_port() as holder:
+        fixed = {
+            "Listen": f"127.0.0.1:{port_of(holder)}",
+            "PidFile": "/nowhere/pid",
+            "User": "nobody",
+        }
+        reload(daemon, **fixed, FilterCommand="exit 1")
+    for name in fixed:
+        daemon.wait_log(f"{name} stays as it was: it needs a restart to change$")
+    assert poll(lambda: daemon.connect().message(MESSAGE)[:3] == b"550")
+
+
+def test_reload_cannot_make_workers_of_one_process(proxsmtpd: StartDaemon) -> None:
+    daemon = proxsmtpd({"Processes": 1})
+    reload(daemon, Processes=2)
+    daemon.wait_log("Processes stays as it was: it needs a restart to change$")
+    assert children(daemon.process.pid) == []
+    assert daemon.connect().message(MESSAGE) == QUEUED
+
+
+def test_reload_changes_the_number_of_workers(proxsmtpd: StartDaemon) -> None:
+    daemon = proxsmtpd({"Processes": 2})
+    old = workers(daemon, 2)
+    reload(daemon, Processes=3)
+    assert poll(lambda: not {*old} & {*children(daemon.process.pid)})
+    workers(daemon, 3)
+    reload(daemon, Processes=1)
+    workers(daemon, 1)
+    assert daemon.connect().message(MESSAGE) == QUEUED
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_reload_of_the_bound(processes: int, proxsmtpd: StartDaemon) -> None:
+    """It counts the old connections, too."""
+    daemon = proxsmtpd({"Processes": processes, "MaxConnections": 2})
+    clients = [daemon.connect() for _ in range(2)]
+    for client in clients:
+        client.start()
+    reload(daemon, MaxConnections=3)
+    assert poll(lambda: daemon.connect().reply()[:3] == b"220")
+
+
+def has_come(server: ScriptedServer, data: bytes) -> bool:
+    return any(message.data == data for message in server.messages)
+
+
+def test_ten_reloads_under_load(proxsmtpd: StartDaemon, server: ScriptedServer) -> None:
+    """No client sees anything but success, and no message passes unfiltered."""
+    daemon = proxsmtpd({"Processes": 2, "FilterCommand": "sed s/Hello/0/"}, level=2)
+    ended = threading.Event()
+    answers: list[bytes] = []
+
+    def send_mail() -> None:
+        while not ended.is_set():
+            with RawClient(daemon.address) as client:
+                answers.append(client.message(b"Hello\r\n"))
+
+    threads = [threading.Thread(target=send_mail) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    try:
+        for number in range(1, 11):
+            reload(daemon, FilterCommand=f"sed s/Hello/{number}/")
+            assert poll(functools.partial(has_come, server, b"%d\r\n" % number))
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
+    assert set(answers) == {QUEUED}
+    assert len(server.messages) == len(answers)
+    assert {message.data for message in server.messages} == {
+        b"%d\r\n" % number for number in range(11)
+    }
+    workers(daemon, 2)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_systemd_is_told_of_a_reload(
+    processes: int, proxsmtpd: StartDaemon, tmp_path: Path
+) -> None:
+    path = tmp_path / "notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.bind(str(path))
+        notify.settimeout(10)
+        daemon = proxsmtpd({"Processes": processes}, env={"NOTIFY_SOCKET": str(path)})
+        assert notify.recv(100) == b"READY=1"
+        daemon.process.send_signal(signal.SIGHUP)
+        assert re.fullmatch(rb"RELOADING=1\nMONOTONIC_USEC=\d+", notify.recv(100))
+        assert notify.recv(100) == b"READY=1"
+        assert daemon.stop() == 0
+        assert notify.recv(100) == b"STOPPING=1"
+
+
+# --- Socket activation ---
+
+
+@contextlib.contextmanager
+def activated(
+    factory: StartDaemon, listening: socket.socket, **options: object
+) -> Iterator[Daemon]:
+    """A daemon that gets a listening socket as systemd would pass it."""
+    first = 3
+    shell = (
+        "import os, sys; os.dup2(int(sys.argv[1]), 3); os.set_inheritable(3, True);"
+        "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1');"
+        "os.execv(sys.argv[2], sys.argv[2:])"
+    )
+    assert listening.fileno() > first
+    command = [sys.executable, "-c", shell, str(listening.fileno())]
+    daemon = factory(
+        {"Listen": "127.0.0.1:1", **options},
+        program=[*command, *program_under_test()],
+        pass_fds=[listening.fileno()],
+        wait=False,
+    )
+    daemon.address = f"127.0.0.1:{port_of(listening)}"
+    yield daemon
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_passed_socket(
+    processes: int, proxsmtpd: StartDaemon, server: ScriptedServer
+) -> None:
+    """It takes the place of Listen, and the filters do not hear of it."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        names = "env | grep ^LISTEN_; cat"
+        with activated(
+            proxsmtpd, listening, Processes=processes, FilterCommand=names
+        ) as daemon:
+            assert daemon.connect().message(MESSAGE) == QUEUED
+            assert server.messages[-1].data == MESSAGE
+            assert daemon.stop() == 0
+        # The next one takes what has waited meanwhile.
+        waiting = RawClient(f"127.0.0.1:{port_of(listening)}")
+        with waiting, activated(proxsmtpd, listening, Processes=processes) as daemon:
+            assert waiting.message(MESSAGE) == QUEUED
+            assert daemon.stop() == 0
+
+
+def test_passed_socket_is_a_loop(proxsmtpd: StartDaemon) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        own = f"127.0.0.1:{port_of(listening)}"
+        with activated(proxsmtpd, listening, OutAddress=own) as daemon:
+            assert daemon.connect().reply() == b"421 Server not available\r\n"
+            daemon.wait_log("loop detected: OutAddress leads to")
+
+
+def test_passed_socket_that_does_not_listen(proxsmtpd: StartDaemon) -> None:
+    with socket.socket() as idle:
+        idle.bind(("127.0.0.1", 0))
+        with activated(proxsmtpd, idle) as daemon:
+            assert daemon.wait() == 1
+            daemon.wait_log("couldn't use passed socket: it is no listening stream$")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_restarts_refuse_nobody(
+    processes: int, proxsmtpd: StartDaemon, server: ScriptedServer
+) -> None:
+    """Under load, while somebody keeps the listening socket (systemd does)."""
+    answers: list[bytes] = []
+    ended = threading.Event()
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as listening:
+        address = f"127.0.0.1:{port_of(listening)}"
+
+        def send_mail() -> None:
+            while not ended.is_set():
+                with RawClient(address) as client:
+                    client.send(TRANSACTION + b"DATA\r\n")
+                    replies = [client.reply()]
+                    while replies[-1][:3] in (b"220", b"250") and len(replies) < 5:
+                        replies.append(client.reply())
+                    if replies[-1][:3] == b"354":
+                        client.send(MESSAGE + b".\r\n")
+                        replies.append(client.reply())
+                    answers.append(replies[-1])
+
+        def have_come(number: int) -> bool:
+            return len(answers) >= number
+
+        threads = [threading.Thread(target=send_mail) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in range(4):
+                with activated(proxsmtpd, listening, Processes=processes) as daemon:
+                    assert poll(functools.partial(have_come, len(answers) + 5))
+                    assert daemon.stop() == 0
+            with activated(proxsmtpd, listening, Processes=processes):
+                assert poll(functools.partial(have_come, len(answers) + 5))
+                ended.set()
+                for thread in threads:
+                    thread.join()
+        finally:
+            ended.set()
+    assert set(answers) <= {QUEUED, b"421 Service shutting down\r\n"}
+    assert len(server.messages) == answers.count(QUEUED)
+
+
+@requires("systemd", ACTIVATE)
+def test_socket_of_systemd(server: ScriptedServer, tmp_path: Path) -> None:
+    """The real systemd-socket-activate starts it at the first connection."""
+    config = tmp_path / "activated.conf"
+    config.write_text(f"OutAddress: {server.address}\nProcesses: 2\n")
+    with reserve_port() as holder:
+        address = f"127.0.0.1:{port_of(holder)}"
+        command = [*program_under_test(), "-d1", "-f", str(config)]
+        process = subprocess.Popen(
+            [ACTIVATE, "-l", address, *command], stderr=subprocess.DEVNULL
+        )
+        try:
+            assert poll(lambda: connects(address))
+            with RawClient(address) as client:
+                assert client.message(MESSAGE) == QUEUED
+        finally:
+            process.terminate()
+            assert process.wait(10) == 0
+
+
+def connects(address: str) -> bool:
+    with contextlib.suppress(OSError), RawClient(address):
+        return True
+    return False
+
+
+# --- Memory ---
+
+
+def proportional(pid: int) -> int:
+    """The proportional set size of a process, in KiB."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return int(re.findall(r"^Pss:\s*(\d+) kB$", text, re.M)[0])
+
+
+def test_memory_of_idle_processes(proxsmtpd: StartDaemon) -> None:
+    daemon = proxsmtpd({"Processes": 2}, level=1)
+    pids = [daemon.process.pid, *workers(daemon, 2)]
+    for pid in pids[1:]:
+        client_of(daemon, pid)
+    assert sum(map(proportional, pids)) <= 34 * 1024
