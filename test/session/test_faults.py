@@ -195,6 +195,7 @@ class Theatre:
                 **SETTINGS[way],
                 **settings,
             },
+            level=3,
             **options,
         )
         self.pid = self.daemon.process.pid

@@ -213,12 +213,17 @@ class Daemon:
         return found
 
     def wait_listening(self) -> None:
-        """Return once it listens; fails when it ends instead."""
-        up = poll(lambda: self.process.poll() is not None or is_listening(self.address))
+        """Return once it listens and waits for mail; fails when it ends instead."""
+        up = poll(lambda: self.process.poll() is not None or self._awaits_mail())
         if self.process.poll() is not None:
             self._reader.join(PATIENCE)
             pytest.fail(f"ended with {self.process.returncode}:\n{self.log()}")
         assert up, f"does not listen on {self.address}:\n{self.log()}"
+
+    def _awaits_mail(self) -> bool:
+        """Whether it listens, and sleeps: what it does between the two is done."""
+        stat = Path(f"/proc/{self.process.pid}/stat")
+        return is_listening(self.address) and ") S " in stat.read_text()
 
     def connect(self, timeout: float = PATIENCE, source: Any = None) -> RawClient:
         """A new client's connection to it, closed at the end of the test."""
