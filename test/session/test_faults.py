@@ -202,6 +202,7 @@ class Scenario:
                 **SETTINGS[way],
                 **settings,
             },
+            level=3,
             **options,
         )
         self.pid = self.daemon.process.pid

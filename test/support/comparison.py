@@ -7,19 +7,23 @@ says is written down as lines, so that two accounts can be compared line by line
 
 from __future__ import annotations
 
-import itertools
-import os
 import re
 import shutil
 import socket
 import tempfile
-import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from helpers import Daemon, Settings, settings_text, write_config
+from helpers import (
+    Daemon,
+    Settings,
+    port_of,
+    reserve_port,
+    settings_text,
+    write_config,
+)
 from smtp import EXTENSIONS, ScriptedServer
 
 if TYPE_CHECKING:
@@ -28,8 +32,7 @@ if TYPE_CHECKING:
     from smtp import Reply
 
 
-# The addresses of the programs and of their servers.  No client's socket is ever bound
-# to these, so that a port that is free now is still free when somebody binds it.
+# The addresses of the programs and of their servers.
 HOST, SERVER_HOST = "127.1.0.1", "127.1.0.2"
 
 # Seconds that a program may wait for a peer (its TimeOut), and after which a client
@@ -100,13 +103,14 @@ def run_dialogue(dialogue: Dialogue, command: Sequence[str]) -> Account:
 def _run_dialogue(
     dialogue: Dialogue, command: Sequence[str], place: Path, server: ScriptedServer
 ) -> Account:
-    daemon = _start(dialogue, command, place, server)
-    try:
-        daemon.wait_listening()
-        received = converse(daemon.port, dialogue.turns)
-        _wait_closed(server)
-    finally:
-        faults = daemon.finish()
+    with reserve_port(HOST) as holder:
+        daemon = _start(dialogue, command, place, server, port_of(holder))
+        try:
+            daemon.wait_listening()
+            received = converse(daemon.port, dialogue.turns)
+            _wait_closed(server)
+        finally:
+            faults = daemon.finish()
     return Account(
         client=tuple(received),
         server=tuple(constant(server_lines(server), place)),
@@ -116,11 +120,15 @@ def _run_dialogue(
 
 
 def _start(
-    dialogue: Dialogue, command: Sequence[str], place: Path, server: ScriptedServer
+    dialogue: Dialogue,
+    command: Sequence[str],
+    place: Path,
+    server: ScriptedServer,
+    port: int,
 ) -> Daemon:
     (place / "temp").mkdir()
     defaults: dict[str, object] = {
-        "Listen": f"{HOST}:{next_port()}",
+        "Listen": f"{HOST}:{port}",
         "OutAddress": server.address,
         "TempDirectory": place / "temp",
         "TimeOut": TIME_OUT,
@@ -144,25 +152,6 @@ def _wait_closed(server: ScriptedServer) -> None:
         server.wait_for(lambda: all(c.closed for c in server.connections), SILENCE)
     except AssertionError:
         return  # server_lines() says so.
-
-
-# Below the ports that connections get, and apart for test runs at the same time.
-_ports = itertools.count(20_000 + os.getpid() % 30 * 400)
-_ports_lock = threading.Lock()
-
-
-def next_port() -> int:
-    """A port that nobody has, and that this process never had before."""
-    while True:
-        with _ports_lock, socket.socket() as probe:
-            port = next(_ports)
-            try:
-                probe.bind((HOST, port))
-            except OSError:
-                continue
-            # A program that another thread starts now may hold a copy for a moment.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            return port
 
 
 def connect(port: int) -> socket.socket:

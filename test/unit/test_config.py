@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from typing import NamedTuple
@@ -613,12 +614,18 @@ def test_path_is_shown_in_printable_ascii() -> None:
 # --- The program ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("setting", program.SETTINGS, ids=lambda setting: setting.name)
-def test_setting_is_used(setting: program.Setting) -> None:
-    """Something reads it other than the class of settings and the checks of a file."""
+@functools.cache
+def source_of_users() -> str:
+    """The program without the class of settings and the checks of a file."""
     source = inspect.getsource(program)
     for own in (Config, program.parse_config):
         source = source.replace(inspect.getsource(own), "")
+    return source
+
+
+@pytest.mark.parametrize("setting", program.SETTINGS, ids=lambda setting: setting.name)
+def test_setting_is_used(setting: program.Setting) -> None:
+    """Something reads it other than the class of settings and the checks of a file."""
     used = rf"config\.{setting.attribute}\b"
     by_property = {
         name
@@ -627,4 +634,4 @@ def test_setting_is_used(setting: program.Setting) -> None:
         and f"self.{setting.attribute}" in inspect.getsource(value.fget or len)
     }
     uses = [rf"config\.{name}\b" for name in by_property]
-    assert re.search("|".join([used, *uses]), source)
+    assert re.search("|".join([used, *uses]), source_of_users())
