@@ -114,7 +114,7 @@ def put_in_front(tmp_path: Path) -> Iterator[PutInFront]:
 
 
 class Store:
-    """What the server has stored, which it does before it says so."""
+    """Stores the server's messages, each before it is acknowledged."""
 
     def __init__(self) -> None:
         self.data: list[bytes] = []
@@ -203,7 +203,7 @@ class Pair:
 
 @dataclass
 class Attempt:
-    """One try at one message, and what its client knows of it."""
+    """One try at one message, with the reply that the client got."""
 
     number: int
     key: bytes
@@ -429,7 +429,7 @@ def test_one_is_not_there(proxsmtpd: StartDaemon, put_in_front: PutInFront) -> N
 def test_more_clients_than_places(
     proxsmtpd: StartDaemon, put_in_front: PutInFront
 ) -> None:
-    """With HAProxy's maxconn below MaxConnections, clients wait and get no 421."""
+    """A HAProxy with maxconn below MaxConnections makes clients wait: no 421."""
     daemon = proxsmtpd({"MaxConnections": 4})
     haproxy = put_in_front({"a": f"{daemon.address} no-check"}, maxconn="2")
     with ExitStack() as stack:
@@ -498,7 +498,7 @@ def ends_of(client: RawClient) -> Ends:
 
 
 def start_proxied(start: StartDaemon, **settings: object) -> Daemon:
-    """A proxsmtpd that expects the header and tells everybody about the client."""
+    """Start a proxsmtpd that expects the header and passes the client's address on."""
     common = {"ProxyProtocol": "on", "XClient": "on", "FilterCommand": TELL_CLIENT}
     return start({**common, "Header": "X-Ends: %i %l", **settings})
 
@@ -792,7 +792,7 @@ def check_closed(client: RawClient, daemon: Daemon, server: ScriptedServer) -> N
 def test_good_header(
     name: str, make_server: MakeServer, proxsmtpd: StartDaemon
 ) -> None:
-    """What it names counts, or else the connection itself; SMTP begins behind it."""
+    """The header's addresses count, else the connection's; SMTP begins after it."""
     header, ends = GOOD[name]
     server = make_server(extensions=[PROXY_XCLIENT])
     daemon = start_proxied(proxsmtpd, OutAddress=server.address)
@@ -821,7 +821,7 @@ def test_header_in_pieces(
 def test_header_and_commands_at_once(
     name: str, make_server: MakeServer, proxsmtpd: StartDaemon
 ) -> None:
-    """What comes in the same segment is SMTP, and nothing of it is lost."""
+    """The octets after the header in the same segment are SMTP; none is lost."""
     header, ends = GOOD[name]
     server = make_server(extensions=[PROXY_XCLIENT])
     daemon = start_proxied(proxsmtpd, OutAddress=server.address)
@@ -839,7 +839,7 @@ def test_header_and_commands_at_once(
 def test_unix_socket_with_header(
     make_server: MakeServer, proxsmtpd: StartDaemon, tmp_path: Path
 ) -> None:
-    """Who connects through a socket in the file system can have an address, too."""
+    """A client of a socket in the file system can have an address, too."""
     server = make_server(extensions=[PROXY_XCLIENT])
     listen = tmp_path / "sock"
     daemon = start_proxied(proxsmtpd, Listen=listen, OutAddress=server.address)
@@ -851,7 +851,7 @@ def test_unix_socket_with_header(
 
 @of_each(BAD)
 def test_bad_header(name: str, server: ScriptedServer, proxsmtpd: StartDaemon) -> None:
-    """Whatever cannot become a header ends the connection at once."""
+    """Anything that cannot become a header ends the connection at once."""
     daemon = proxsmtpd({"ProxyProtocol": "on"})
     client = connect(daemon)
     client.send(BAD[name])
@@ -902,7 +902,7 @@ def test_connection_ends_before_header(
 def test_daemon_ends_before_header(
     server: ScriptedServer, proxsmtpd: StartDaemon
 ) -> None:
-    """Who has not sent a header yet does not hold up the end."""
+    """A client that has not sent a header yet does not hold up the end."""
     daemon = proxsmtpd({"ProxyProtocol": "on"})
     client = connect(daemon)
     client.send(b"PROXY ")

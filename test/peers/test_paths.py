@@ -142,7 +142,7 @@ exit 1
 def test_no_spelling_evades_the_filter(
     proxsmtpd: StartDaemon, server: ScriptedServer, filter_script: MakeFilter
 ) -> None:
-    """What a server takes for the address, the filter does too, or it is refused."""
+    """The filter gets the address that the server takes, or the address is refused."""
     client = proxsmtpd({"FilterCommand": filter_script(DROP)}).connect()
     client.reply()
     client.expect(b"EHLO client.example", b"250")

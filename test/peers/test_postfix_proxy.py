@@ -342,7 +342,7 @@ def test_filter_timeout_is_before_the_proxy_timeout(
 def test_proxy_timeout_before_the_filter_is_done(
     chain: Chain, proxsmtpd: StartDaemon, filter_script: MakeFilter, tmp_path: Path
 ) -> None:
-    """The client is to try again, so nothing is delivered, late as the filter is."""
+    """The client has to try again, so nothing is delivered when the filter is done."""
     ready = tmp_path / "ready"
     command = filter_script(f"until test -e {ready}; do sleep 0.05; done; exec cat")
     daemon = proxsmtpd(chain.settings(command))
@@ -388,7 +388,7 @@ def without_server(chain: Chain, start: StartDaemon) -> str:
 def test_proxsmtpd_cannot_be_used(
     chain: Chain, proxsmtpd: StartDaemon, entrance: str, obstacle: Obstacle
 ) -> None:
-    """The client is to try again, and Postfix logs our reply."""
+    """The client has to try again, and Postfix logs our reply."""
     warning = obstacle(chain, proxsmtpd).format(chain.filter_port)
     with chain.client(entrance) as client:
         assert verdict(client) == NO_FILTER

@@ -125,7 +125,7 @@ def send(client: RawClient, data: bytes = MESSAGE) -> None:
 
 
 class Attributes(NamedTuple):
-    """Who says what, and what Postfix makes of it."""
+    """A client's attributes, and the ones that Postfix then has."""
 
     hello: bytes
     source: str
@@ -337,7 +337,7 @@ def test_restriction_of_an_ipv6_client(
 def test_restriction_at_xclient(
     servers: Servers, proxsmtpd: StartDaemon, source: str, first: bytes
 ) -> None:
-    """With smtpd_delay_reject=no the answer to XCLIENT itself is the refusal.
+    """The answer to XCLIENT itself is the refusal with smtpd_delay_reject=no.
 
     But for 550, which SPEC has as a word about us (127.0.0.68): mail goes nowhere then.
     """

@@ -482,7 +482,7 @@ def test_errors_in_a_row(line: bytes, code: bytes, proxsmtpd: StartDaemon) -> No
 
 
 def test_errors_in_a_session(proxsmtpd: StartDaemon) -> None:
-    """What a client may send in one write is answered, as far as that goes."""
+    """Pipelined commands are answered until there are too many errors."""
     client = proxsmtpd().connect()
     client.send(b"NOOP\r\nSTARTTLS\r\n" * 1000)
     client.reply()
@@ -775,7 +775,7 @@ def test_xclient_unix_socket(
 def test_xclient_waits_for_the_answer(
     make_server: MakeServer, proxsmtpd: StartDaemon
 ) -> None:
-    """Postfix ends a session that pipelines behind XCLIENT."""
+    """Postfix ends a session that pipelines commands after XCLIENT."""
     early: list[bytes] = []
 
     def answer(connection: Recorded, line: bytes) -> Action:

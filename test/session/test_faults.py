@@ -1,4 +1,4 @@
-"""Whatever breaks: what everybody receives, what works next, what is left.
+"""Faults of client, server, filter and system: replies, recovery, what is left.
 
 `support/fault_table.py` is the table.  Each of its cases is one mail transaction
 through a real process, run together with others that need the same settings.
@@ -173,7 +173,7 @@ class Barrier:
         os.write(self._ends[1], b"go\n")
 
     def close(self) -> None:
-        """Let go who has been left behind, too."""
+        """Release everybody who still waits."""
         self._is_open.set()
         for end in self._ends:
             os.close(end)
@@ -413,7 +413,7 @@ class Trial:
             assert not select.select([client.sock], [], [], 0)[0], "answered too early"
 
     def await_keep_alive(self) -> None:
-        """Where proxsmtpd's NOOP is the moment, wait for it, and go on."""
+        """Wait for proxsmtpd's NOOP where that is the moment, and go on."""
         if self.case.what == "pauses":
             time.sleep(1.2)  # The span in which it must not come.
         elif self.case.party == "server" and self.case.when in ("NOOP", "filter-NOOP"):
@@ -496,7 +496,7 @@ class Trial:
         return self.server
 
     def faulty_script(self) -> Iterator[tuple[str, Reply]]:
-        """What the server does otherwise than usual, and at which step."""
+        """Return the steps at which the server is at fault, and its actions there."""
         when, what = self.case.when, self.case.what
         step = SERVER_STEP.get(when, when)
         if self.is_clients and self.is_seen and step in self._usual:
@@ -578,7 +578,7 @@ def next_reply(client: RawClient) -> str:
 
 
 def blocked_port(where: tuple[str, int]) -> Iterator[socket.socket]:
-    """Sockets that make whoever connects there wait for ever."""
+    """Open sockets by which no connection to this address is ever accepted."""
     yield (listener := socket.create_server(where, backlog=0))
     yield socket.create_connection(listener.getsockname())
 
@@ -795,7 +795,7 @@ def test_no_processes(way: str, proxsmtpd: StartDaemon, place: Path) -> None:
 
 @pytest.mark.parametrize("way", ["pipe", "file", "stream"])
 def test_no_memory(way: str, proxsmtpd: StartDaemon, place: Path) -> None:
-    """Whatever cannot be had any more, only that session ends."""
+    """A session that gets no memory ends, and no other one."""
     settings = {**PATIENT, "MaxConnections": 4}
     with contextlib.closing(Scenario(proxsmtpd, way, place, settings)) as scenario:
         for left in fault_table.MEMORY_LEFT:

@@ -518,7 +518,7 @@ LATER_STAGES = {
 def test_output_is_read_to_its_end(
     name: str, proxsmtpd: StartDaemon, server: ScriptedServer, tmp_path: Path
 ) -> None:
-    """Also what comes when the filter's own process has ended."""
+    """Output that comes after the end of the filter's own process counts, too."""
     go = tmp_path / "go"
     os.mkfifo(go)
     daemon = proxsmtpd({"FilterCommand": LATER_STAGES[name].replace("GO", str(go))})
@@ -552,7 +552,7 @@ def test_silent_background_process_does_not_hold_up_mail(
     filter_script: MakeFilter,
     tmp_path: Path,
 ) -> None:
-    """Not even one that keeps standard error open."""
+    """The process may keep standard error open."""
     pid = tmp_path / "pid"
     script = f"sleep 60 >/dev/null & echo $! > {pid}; cat"
     daemon = proxsmtpd({"FilterCommand": filter_script(script)})
@@ -650,7 +650,7 @@ def test_time_out_of_a_filter_that_has_stopped_itself(
 def test_time_out_gives_all_of_the_group_time_to_clean_up(
     proxsmtpd: StartDaemon, tmp_path: Path
 ) -> None:
-    """Also those that hold none of the pipes."""
+    """Processes that hold none of the pipes get that time, too."""
     told = tmp_path / "told"
     member = f'trap "sleep 0.5; echo clean > {told}; exit" TERM; sleep 60 & wait'
     command = f"sh -c '{member}' </dev/null >/dev/null 2>&1 & sleep 60"
@@ -1207,7 +1207,7 @@ def test_stop_of_the_filter_and_the_daemon(
     server: ScriptedServer,
     tmp_path: Path,
 ) -> None:
-    """As systemd does it, in either order; no code, no verdict."""
+    """Like systemd's stop, in either order: without a code there is no verdict."""
     started = tmp_path / "started"
     os.mkfifo(started)
     end = f"kill $!; {end}"
@@ -1349,7 +1349,7 @@ def test_what_an_ended_filter_says_is_no_verdict(
     server: ScriptedServer,
     tmp_path: Path,
 ) -> None:
-    """It cleans up and exits as it likes; the client is to come again."""
+    """The filter cleans up and exits; the client has to try again."""
     for name, script in TIDY.items():
         os.mkfifo(tmp_path / f"{name}.started")
         started = f"echo >{tmp_path}/{name}.started"
@@ -1387,7 +1387,7 @@ def test_client_in_its_data_at_the_daemons_end(by_file: StartDaemon) -> None:
 
 
 def test_steady_client_at_the_daemons_end(proxsmtpd: StartDaemon) -> None:
-    """Not even a client that never pauses holds it up."""
+    """A client that never pauses does not hold up the end."""
     daemon = proxsmtpd({"FilterCommand": "cat"})
     client = daemon.connect()
     client.start()

@@ -85,7 +85,7 @@ NO_FAILURES = {
 
 
 def with_field(message: bytes) -> bytes:
-    """As the server gets it: with the Header setting's field, else as it was."""
+    """Return a message as the server gets it, with the Header setting's field."""
     head, _, body = message.partition(b"\r\n\r\n")
     return stuffed(head + b"\r\n" + FIELD + b"\r\n" + body)
 
@@ -108,7 +108,7 @@ def send_messages(daemon: Daemon, *messages: bytes) -> list[bytes]:
 
 
 def statuses(daemon: Daemon, count: int) -> list[str]:
-    """What the log says has become of so many messages."""
+    """Return the statuses of so many messages from the log."""
     line = r"client=127\.0\.0\.1, from=a@example\.com, to=b@example\.com, status=(.*)$"
     daemon.wait_log(rf"(?s:(?:.*?status=){{{count}}})")
     return re.findall(line, daemon.log(), re.M)
@@ -231,7 +231,7 @@ def test_passed_failure(
 def test_not_passed(
     kind: str, name: str, proxsmtpd: StartDaemon, server: ScriptedServer
 ) -> None:
-    """What the filter refuses is refused, and who ends it gets no mail past it."""
+    """A refusal is a refusal, and ending the filter gets no mail past it."""
     reply, case = NO_FAILURES[name]
     daemon = proxsmtpd({**settings_of(kind, case.command(kind)), **PASS})
     assert send_messages(daemon, SHORT, LONG) == [reply, reply]
@@ -249,7 +249,7 @@ def test_filter_has_ended_when_its_message_goes_on(
     make_server: MakeServer,
     tmp_path: Path,
 ) -> None:
-    """Also one that holds out against SIGTERM: the next could do as much."""
+    """A filter that ignores SIGTERM is killed first."""
     shell, child = tmp_path / "shell", tmp_path / "child"
     alive_at_data = []
 

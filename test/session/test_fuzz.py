@@ -186,7 +186,7 @@ def in_rounds(one_round: Callable[[int, random.Random], None], times: int = 1) -
 
 
 class Inbox:
-    """Where an honest server accepts messages, each under a token of its own."""
+    """Accepts messages for an honest server, each under a token of its own."""
 
     def __init__(self) -> None:
         self._numbers = itertools.count(1)
@@ -243,7 +243,7 @@ def mixture(rng: random.Random, most: int = 60) -> bytes:
 
 
 def dialogue(rng: random.Random) -> list[bytes]:
-    """What a client says, in order, of which a lot may be right."""
+    """Return a client's lines, in order, many of them right."""
     lines = [b"EHLO c.example\r\n"]
     for _ in range(rng.randrange(1, 4)):
         if rng.random() < 0.5:
@@ -297,7 +297,7 @@ def pieces_of(rng: random.Random, octets: bytes) -> list[bytes]:
 
 
 def listen(sock: socket.socket, seconds: float) -> bytes | None:
-    """What has come within so many seconds: None if nothing, empty at the end."""
+    """Return the octets of so many seconds: None if nothing came, b"" at the end."""
     if not select.select([sock], [], [], seconds)[0]:
         return None
     try:
@@ -705,7 +705,7 @@ runpy.run_path(sys.argv.pop(1), run_name="__main__")
 def test_server_gone_as_soon_as_connected(
     make_server: MakeServer, proxsmtpd: StartDaemon
 ) -> None:
-    """Of a socket that was reset the system does not know the other end any more."""
+    """The system has no peer address for a socket that was reset."""
     server = make_server({"GREETING": Reset()})
     command = [sys.executable, "-c", BREAKING_CONNECT, PROGRAM]
     daemon = proxsmtpd(server=server, program=command)
@@ -718,7 +718,7 @@ def test_server_gone_as_soon_as_connected(
 def test_no_signal_prolongs_a_time_out(
     make_server: MakeServer, proxsmtpd: StartDaemon
 ) -> None:
-    """A wait that a signal interrupts begins anew, with its whole time.
+    """A wait that a signal interrupts must not begin again with its whole time.
 
     Each filter that ends sends SIGCHLD, and on a busy machine the kernel gives some of
     them to any thread that takes signals: a stalled server then is waited for as long

@@ -33,7 +33,7 @@ def of_size(octets: int) -> bytes:
 
 
 def verbs_of(daemon: Daemon, server: ScriptedServer) -> list[bytes]:
-    """What the server of an ended session was asked, and the daemon still lives."""
+    """Return the verbs of an ended session; the daemon must still live."""
     assert daemon.process.poll() is None
     server.wait_for(lambda: server.connections[0].closed)
     return verbs(server.connections[0])
@@ -236,7 +236,7 @@ def test_filtered_message_that_is_too_large(
     server: ScriptedServer,
     tmp_path: Path,
 ) -> None:
-    """It does not get to filter or server, and what is pipelined behind it does."""
+    """It gets to neither filter nor server; a message pipelined after it does."""
     ran = tmp_path / "ran"
     settings = {"FilterCommand": f"echo x >> {ran}; cat", "MaxMessageSize": LIMIT}
     daemon = proxsmtpd({**settings, **FILTERS[name]}, level=3)

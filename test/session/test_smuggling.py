@@ -45,7 +45,7 @@ CRLF = b"\r\n"
 
 
 def listed(wrong: Mapping[str, object]) -> str:
-    """What is wrong, and where, a line each."""
+    """Format the failures, a line each."""
     return "\n".join(f"{where}: {what}" for where, what in wrong.items())
 
 
@@ -60,7 +60,7 @@ NUL_DOTS = {"NUL dot": b"\0.", "dot NUL": b".\0", "NUL dot NUL": b"\0.\0"}
 def false_ends(
     dots: Mapping[str, bytes], ends: Mapping[str, bytes] = LINE_ENDS
 ) -> dict[str, bytes]:
-    """Line end, dot and line end in all combinations, but for the true end."""
+    """Combine line end, dot and line end in all ways except the true end."""
     return {
         f"{before} {dot} {after}": ends[before] + dots[dot] + ends[after]
         for before, dot, after in itertools.product(ends, dots, ends)
@@ -94,14 +94,14 @@ def pieces(ends: Mapping[str, bytes], cut: int) -> list[bytes]:
 
 
 def cleaned(data: bytes) -> bytes:
-    """What the server must get for a message of these octets (SPEC, 5)."""
+    """Return the data that the server must get for a message of these octets."""
     lines = re.split(rb"\r*\n", data)
     spaced = [line.replace(b"\r", b" ") for line in lines]
     return CRLF.join(b"." + line if line[:1] == b"." else line for line in spaced)
 
 
 def unstuffed(data: bytes) -> bytes:
-    """What mail data from the wire means: a dot after a bare LF may be unstuffed."""
+    """Remove the dots of data on the wire, also the first of two after a bare LF."""
     return re.sub(rb"(\r\n)\.|(\n)\.(?=\.)", rb"\1\2", data)
 
 
@@ -281,7 +281,7 @@ class LenientPostfix(NamedTuple):
     servers: Mapping[str, int]  # their ports
 
     def recipients(self) -> list[str]:
-        """Who got mail, in order, once all of it is delivered; then forgets it."""
+        """Return the recipients, sorted, once all mail is delivered, and remove it."""
         self.postfix.wait_idle()
         mails = self.postfix.mails()
         self.postfix.clear()
@@ -307,7 +307,7 @@ def lenient() -> Iterator[LenientPostfix]:
 
 
 def attack(end: bytes, number: int) -> bytes:
-    """A message that has another one, to `inner`, behind a false end."""
+    """Return a message that has another one, to `inner`, after a false end."""
     return (
         b"Subject: outer\r\n\r\nx%s"
         b"MAIL FROM:<a@example.com>\r\nRCPT TO:<inner%d@example.com>\r\nDATA\r\n"
@@ -424,7 +424,7 @@ def readings(line: bytes) -> set[str]:
 
 
 def decodings(octets: bytes) -> set[str]:
-    """What the octets may be as text."""
+    """Return the octets in the encodings that a server might assume."""
     return {
         bytes(octet & 0x7F for octet in octets).decode("ascii"),
         octets.decode("ascii", "ignore"),
@@ -434,7 +434,7 @@ def decodings(octets: bytes) -> set[str]:
 
 
 def first_word(text: str) -> str:
-    """The letters at the beginning, plain capitals, behind what does not show."""
+    """Return the letters of the first word in plain capitals."""
     capitals = unicodedata.normalize("NFKC", text.lower()).upper()
     plain = unicodedata.normalize("NFD", capitals)
     return re.split(r"[^A-Z]", re.sub(r"[^\t-\r -~]", "", plain).strip())[0]
@@ -613,7 +613,7 @@ def spellings(verb: bytes, argument: bytes) -> dict[str, bytes]:
 
 
 def hidden(line: bytes) -> dict[str, bytes]:
-    """Commands behind something else, which a server may cut off."""
+    """Put commands after something else, which a server may cut off."""
     limit = program.COMMAND_LIMIT
     return {
         "behind a CR": b"NOOP\r" + line,
@@ -666,13 +666,13 @@ def use_data_at_once(client: RawClient, line: bytes) -> None:
 
 
 def use_mail(client: RawClient, line: bytes) -> None:
-    """MAIL in some spelling behind a plain one, then a message."""
+    """Send MAIL in some spelling after a plain one, then a message."""
     say(client, MAIL, line, RCPT, b"DATA")
     say_rest(client, RAW)
 
 
 def use_rcpt(client: RawClient, line: bytes) -> None:
-    """RCPT in some spelling behind a plain one, then a message."""
+    """Send RCPT in some spelling after a plain one, then a message."""
     say(client, MAIL, RCPT, line, b"DATA")
     say_rest(client, RAW)
 
@@ -710,7 +710,7 @@ def got_past(taken: Taken) -> bool:
 
 
 def wrongs(server: CredulousServer, filter_type: str) -> list[object]:
-    """What the server has taken that it must not get."""
+    """Return the messages and commands that the server must not get."""
     if filter_type == "reject":
         forbidden = {"MAIL", "RCPT", "BDAT", "BURL", "XCLIENT"}
     else:
@@ -747,7 +747,7 @@ def test_spellings(
 
 @pytest.mark.parametrize("use", USES)
 def test_the_criterion_of_readings(use: str) -> None:
-    """To the credulous server all spellings are the command, so that none is idle."""
+    """The credulous server takes all spellings for the command."""
     verb, argument, _ = USES[use]
     strange = [
         name
@@ -810,7 +810,7 @@ def test_tails_of_overlong_lines(
 
 
 def test_spellings_of_auth(worst: CredulousServer, proxsmtpd: StartDaemon) -> None:
-    """Whatever a server takes for AUTH, no secret gets into the log."""
+    """No secret gets into the log, however AUTH is spelt."""
     daemon = proxsmtpd({"OutAddress": worst.address})
     for number, line in enumerate(spellings(b"AUTH", b"LOGIN").values()):
         with RawClient(daemon.address) as client:
@@ -981,7 +981,7 @@ def all_replies(client: RawClient, octets: bytes) -> bytes:
 def test_more_comes_while_the_server_thinks(
     mode: str, make_server: MakeServer, proxsmtpd: StartDaemon, tmp_path: Path
 ) -> None:
-    """What comes before the refusal is mail data too."""
+    """Data that comes before the refusal is mail data too."""
     go = threading.Event()
 
     def think(_connection: Recorded, _line: bytes) -> Action:
@@ -1103,7 +1103,7 @@ class Faulty(NamedTuple):
         return replies
 
     def went_on(self, verb: str) -> bytes:
-        """What the server has received behind its reply to `verb`."""
+        """Return all that the server has received after the line of `verb`."""
         lines = {**dict(DIALOGUE), "XCLIENT": b"XCLIENT ADDR=127.0.0.1"}
         received = self.server.connections[0].received
         if verb == "GREETING":

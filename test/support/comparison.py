@@ -55,7 +55,7 @@ VARIABLE = (
 
 @dataclass(frozen=True)
 class Dialogue:
-    """What the client says, and what stands around it.
+    """A client's lines, with the settings, the server and the filter.
 
     Each of `turns` is sent with a CRLF behind it, and then one reply is awaited; for
     None nothing is sent.  The greeting is awaited before the first.  `script`,
@@ -75,7 +75,7 @@ class Dialogue:
 
 @dataclass(frozen=True)
 class Account:
-    """What one program made of a dialogue, as lines; `faults` is how it misbehaved."""
+    """One program's part in a dialogue, as lines; `faults` is how it misbehaved."""
 
     client: tuple[str, ...]
     server: tuple[str, ...]

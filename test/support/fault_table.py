@@ -425,7 +425,7 @@ def filter_cases() -> Iterator[Case]:
 
 
 def cases_of(filters: Iterable[Filter], impatient: bool) -> Iterator[Case]:
-    """The cases of filters that are to be ended, or end, by themselves."""
+    """Make the cases of filters that have to be ended, or end by themselves."""
     for what, script, replies, ways, message, left in filters:
         verbs = resolved("~ RSET QUIT" if replies else "~ DATA QUIT")
         for way in ways.split():
@@ -506,7 +506,7 @@ MEMORY = {
 
 
 def disk_cases() -> Iterator[Case]:
-    """What is wrong with TempDirectory."""
+    """Make the cases of faults of TempDirectory."""
     for what, message, ways, replies, verbs, delivered in rows(DISK):
         for way in ways.split():
             yield Case(
@@ -517,7 +517,7 @@ def disk_cases() -> Iterator[Case]:
 
 
 def limit_cases() -> Iterator[Case]:
-    """What the system has no more of; `when` is the number that is left."""
+    """Make the cases of the system's limits; `when` is the number that is left."""
     for what, numbers, ways, replies, verbs, delivered in rows(LIMITS):
         for number, way in itertools.product(numbers.split(), ways.split()):
             yield Case(way, "limit", number, what, replies, verbs, int(delivered))

@@ -1,4 +1,4 @@
-"""What the tests share: the real process, its configuration, ports and waiting.
+"""For all tests: the real process, its configuration, messages, ports and waiting.
 
 The program under test is the environment variable PROXSMTPD (a command line), or
 else `proxsmtpd.py` beside this directory.
@@ -479,7 +479,7 @@ def verbs(connection: Recorded) -> list[bytes]:
 
 
 def status_of(daemon: Daemon) -> str:
-    """What the log says has become of the message."""
+    """Return the message's status from the log."""
     return daemon.wait_log(r"client=.*, status=(.*)$")[1]
 
 

@@ -70,7 +70,7 @@ class Machine:
             )
 
     def output(self, script: str, *arguments: object, **variables: str) -> str:
-        """What a script that must succeed writes to standard output."""
+        """Return the standard output of a script that must succeed."""
         done = self.run(script, *arguments, **variables)
         assert not done.returncode, f"{done.stdout}{done.stderr}, from:\n{script}"
         return done.stdout

@@ -22,7 +22,7 @@ def message_data(key: bytes, plan: str, size: int) -> bytes:
 
 
 def key_and_plan(data: bytes) -> tuple[bytes, str]:
-    """What `message_data` was made with."""
+    """Return the key and the plan that `message_data` was made with."""
     found = re.match(rb"X-Key: (\S+)\r\nX-Plan: (\S+)\r\n", data)
     assert found, data[:200]
     return found[1], found[2].decode()

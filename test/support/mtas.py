@@ -1,4 +1,4 @@
-"""Servers other than Postfix to stand behind proxsmtpd: Exim and OpenSMTPD.
+"""Servers other than Postfix to stand after proxsmtpd: Exim and OpenSMTPD.
 
 Exim can stand in front of it as well: it sends mail for elsewhere.example to the
 port of this machine that `send_to` has named.

@@ -1,4 +1,4 @@
-"""A Postfix of the test's own, to stand before, behind or around proxsmtpd.
+"""A Postfix of the test's own, to stand before, after or around proxsmtpd.
 
 It shares nothing with the machine's Postfix but the programs: configuration, queue,
 data directory, log and mailboxes lie in one temporary directory, and its ports are

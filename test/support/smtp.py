@@ -275,7 +275,7 @@ class ScriptedServer:
             self._start(_Dialogue(self, connection).run)
 
     def _act(self, verb: str, connection: Recorded, line: bytes) -> Action | None:
-        """What the script says to this line."""
+        """Return the script's action for this line."""
         reply = self.script.get(verb, UNKNOWN_VERB)
         if callable(reply):
             return reply(connection, line)

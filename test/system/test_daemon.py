@@ -156,7 +156,7 @@ NOT_WARNED = (
 
 @pytest.mark.parametrize("line", NOT_WARNED)
 def test_check_does_not_warn(line: str, config: Callable[[str], Path]) -> None:
-    """Of a command that is found, or that only the shell understands."""
+    """The command is found, or only the shell understands it."""
     result = run("-t", "-f", config(f"OutAddress: 25\n{line}\n"))
     assert (result.stdout, result.stderr) == ("configuration is OK\n", "")
 
@@ -170,7 +170,7 @@ def test_check_warns_of_both_addresses(config: Callable[[str], Path]) -> None:
 def test_check_of_a_filter_in_the_callers_directory(
     config: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """The daemon looks for it in its own, which is / but for -d."""
+    """The daemon looks for it in its own, which is / except with -d."""
     (tmp_path / "filter").write_text("#!/bin/sh\n")
     (tmp_path / "filter").chmod(0o755)
     path = config("OutAddress: 25\nFilterCommand: ./filter\n")
@@ -210,7 +210,7 @@ def test_check_of_a_program_that_is_there(
 def test_check_of_a_program_for_the_user(
     mode: int, directory_mode: int, is_warned: bool, config: Callable[[str], Path]
 ) -> None:
-    """What root may run is not asked for."""
+    """The user has to be able to run it, not root."""
     with tempfile.TemporaryDirectory() as place:
         program = Path(place) / "filter"
         program.write_text("#!/bin/sh\n")
@@ -675,7 +675,7 @@ def test_process_is_called_proxsmtpd(detach: Detach) -> None:
 
 
 def test_started_without_standard_descriptors(detach: Detach) -> None:
-    """As by an init script that closes them; a socket must not become number 2."""
+    """An init script may close them; a socket must not become number 2."""
 
     def close_all() -> None:
         for number in range(3):
@@ -938,12 +938,12 @@ def cpu_seconds(daemon: Daemon) -> float:
 
 
 def limited(what: int, number: int) -> Callable[[], None]:
-    """What sets a limit of a process before it is started."""
+    """Return a preexec_fn that sets a limit."""
     return lambda: resource.setrlimit(what, (number, number))
 
 
 def test_limit_of_descriptors_is_raised(proxsmtpd: StartDaemon) -> None:
-    """To what the manual says that so many connections need."""
+    """The limit is the manual's number for so many connections."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     daemon = proxsmtpd(
         {"MaxConnections": 30},
@@ -979,7 +979,7 @@ def test_no_descriptors_left(proxsmtpd: StartDaemon) -> None:
 
 
 def received(client: RawClient) -> bytes:
-    """What a client has received until now."""
+    """Return the octets that a client has received until now."""
     client.sock.setblocking(False)
     try:
         return client.sock.recv(4096)
@@ -1077,7 +1077,7 @@ def crowd(address: str, clients: int, seconds: float) -> None:
 
 
 def test_sigchld_ignored_by_the_parent(proxsmtpd: StartDaemon) -> None:
-    """As some service managers and nohup wrappers leave it."""
+    """Some service managers and nohup wrappers leave it so."""
     program = ["env", "--ignore-signal=CHLD", *program_under_test()]
     daemon = proxsmtpd({"FilterCommand": "cat"}, program=program)
     assert daemon.connect().message(MESSAGE) == QUEUED
@@ -1179,7 +1179,7 @@ def test_start_that_waits_for_its_pid_file(
 def test_pid_file_that_is_a_device(
     stays: bool, proxsmtpd: StartDaemon, tmp_path: Path
 ) -> None:
-    """As -p /dev/null is given where none is wanted: it must not be replaced."""
+    """Some give -p /dev/null for no pid file: the device must not be replaced."""
     null = tmp_path / "null"
     os.mknod(null, stat.S_IFCHR | 0o666, os.makedev(1, 3))
     args = ["-p", null] if stays else []
@@ -1234,7 +1234,7 @@ def test_pid_file_that_is_a_fifo(proxsmtpd: StartDaemon, tmp_path: Path) -> None
 
 
 def test_inherited_descriptors_are_closed(proxsmtpd: StartDaemon) -> None:
-    """Also one that the caller waits on for its end."""
+    """The caller may wait for the end of one of them."""
     read_end, write_end = os.pipe()
     proxsmtpd(pass_fds=[write_end])
     os.close(write_end)
@@ -1293,7 +1293,7 @@ def test_no_filter_is_said_once(proxsmtpd: StartDaemon) -> None:
 @as_root
 @with_mounts
 def test_syslog(detach: Detach, place: Path) -> None:
-    """As a daemon: facility mail, ident proxsmtpd, and everything but debug."""
+    """A daemon logs to facility mail, as proxsmtpd, everything but debug."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as log:
         log.settimeout(PATIENCE)
         program = mounted(fake_devices(place, log), "/dev")

@@ -75,7 +75,7 @@ def configurations(name: str) -> list[str]:
 
 
 def scripts(name: str) -> list[str]:
-    """What stands in a document as whole scripts."""
+    """Return the literal blocks of a document that are whole scripts."""
     return [block for block in literal_blocks(name) if block.startswith("#!")]
 
 
@@ -141,7 +141,7 @@ def test_documents_have_the_examples_that_these_tests_are_about() -> None:
 
 
 def check(text: str, directory: Path) -> tuple[int, str]:
-    """What the program says of a configuration: exit status and output."""
+    """Return the exit status and the output of -t for a configuration."""
     config = directory / "proxsmtpd.conf"
     config.write_text(text)
     result = run_program("-t", "-f", str(config))
@@ -507,7 +507,7 @@ def units() -> list[str]:
 
 @pytest.mark.parametrize("unit", units())
 def test_unit_of_the_manual_starts_the_program(unit: str) -> None:
-    """In the way that its Type is about, and with no line twice."""
+    """The command line fits the unit's Type, and no line stands twice."""
     parser = configparser.ConfigParser(interpolation=None)
     parser.read_string(unit)
     service = parser["Service"]
@@ -606,7 +606,7 @@ def test_readme_names_two_commands_to_try() -> None:
 
 
 def test_manuals_refer_to_sections_that_exist() -> None:
-    """As `section` sees to."""
+    """`section` fails for one that does not."""
     for name in ("proxsmtpd.8", "proxsmtpd.conf.5"):
         for title in re.findall(r"^\.Sx (.*?)(?: [.,;])?$", read(name), re.M):
             section(name, title)

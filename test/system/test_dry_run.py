@@ -72,7 +72,7 @@ KINDS_OF_END = ("passed", "dropped", "refused", "broken")
 
 
 class Result(NamedTuple):
-    """What the output says of one message."""
+    """The output on one message."""
 
     name: str
     environment: dict[str, str]
@@ -375,7 +375,7 @@ def test_changes(name: str, dry_run: StartDryRun) -> None:
 
 
 def test_change_that_looks_like_none(dry_run: StartDryRun) -> None:
-    """What is printed alike, an octet and its name, is not the same."""
+    """An octet and its printed name look alike and are not the same."""
     message = MESSAGE + b"caf\xe9\r\n"
     command = r"sed 's/\xe9/\\xe9/'"
     result = dry_run({"FilterCommand": command}, message, env={"LC_ALL": "C"})
@@ -575,7 +575,7 @@ def test_strange_messages(message: bytes, dry_run: StartDryRun) -> None:
 
 
 def test_large_messages(dry_run: StartDryRun) -> None:
-    """In the time that a terminal's user may wait."""
+    """Megabytes take no longer than the user of a terminal may wait."""
     lines = b"".join(b"%070d\r\n" % number for number in range(60_000))
     result = dry_run(
         {"FilterCommand": "sed s/Hello/Goodbye/", **HEADER}, MESSAGE + lines
@@ -854,7 +854,7 @@ class Running:
         assert any(text in line for line in self.process.stderr)
 
     def rest(self) -> tuple[bytes, bytes]:
-        """What it says, which is not much, until its end, and its errors."""
+        """Wait for its end; returns the rest of its output and its errors."""
         assert self.process.stdout
         assert self.process.stderr
         self.process.wait(PATIENCE)
@@ -864,7 +864,7 @@ class Running:
         return output, errors
 
     def left(self) -> list[str]:
-        """What there is of it in TempDirectory, and which processes."""
+        """List its files in TempDirectory and its processes."""
         files = [path.name for path in self._tempdir.iterdir()]
         return files + list(marked_processes(self._mark).values())
 
@@ -898,7 +898,7 @@ def start(workspace: Workspace) -> Iterator[Start]:
 
 
 def test_reader_that_has_seen_enough(start: Start, tmp_path: Path) -> None:
-    """As by ``| head -1``: it ends without a word."""
+    """It ends silently when the reader, like ``head -1``, goes."""
     go = tmp_path / "go"
     os.mkfifo(go)
     running = start(
@@ -958,7 +958,7 @@ def test_interrupt_while_it_reads(start: Start) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_termination(number: signal.Signals, start: Start, tmp_path: Path) -> None:
-    """As by timeout(1), or by the end of the terminal."""
+    """SIGTERM comes from timeout(1), SIGHUP from the end of the terminal."""
     ready = tmp_path / "ready"
     settings = {"FilterCommand": f": >{ready}; exec sleep 60", "FilterType": "file"}
     running = start(settings, MESSAGE)
@@ -1027,7 +1027,7 @@ def test_check_with_descriptors_closed(how: str, workspace: Workspace) -> None:
 
 
 def test_filter_runs_where_the_daemons_does(workspace: Workspace) -> None:
-    """In / unless -d keeps the daemon where it is; messages are the caller's."""
+    """Its directory is / unless -d is given; messages are found in the caller's."""
     saved = workspace.place / "directory"
     (workspace.place / "here.eml").write_bytes(MESSAGE)
     settings = {"FilterCommand": f"pwd >{saved}; env | grep ^PWD= >>{saved}; cat"}
@@ -1039,7 +1039,7 @@ def test_filter_runs_where_the_daemons_does(workspace: Workspace) -> None:
 
 
 def test_check_in_limited_time(workspace: Workspace, make_server: MakeServer) -> None:
-    """Whatever the server does, and however slowly."""
+    """It takes seconds, however slow the server is."""
     drops = [b"220-x\r\n"] * 100
     server = make_server({"GREETING": Chunks(drops, 0.5)})
     command = workspace.command({"OutAddress": server.address})
@@ -1146,7 +1146,7 @@ SERVERS = {
 def check(
     dry_run: StartDryRun, settings: Mapping[str, object], most: float = 15
 ) -> list[str]:
-    """What `-t` warns of, about OutAddress; nothing of it changes its exit status.
+    """Return the warnings of `-t` about OutAddress; the exit status stays 0.
 
     It has done so within `most` seconds.
     """

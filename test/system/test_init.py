@@ -118,7 +118,7 @@ class Site:
         return {self.pid(path.stem) for path in self.configurations.iterdir()}
 
     def pid_files(self) -> str:
-        """What is in the pid files that there are, all in one."""
+        """Return the content of all pid files, joined."""
         return self.machine.output("cat /run/proxsmtp/*.pid 2>/dev/null || :")
 
     def kill(self) -> None:
@@ -223,7 +223,7 @@ def test_debian_restart_starts_what_does_not_run(debian: Site) -> None:
 
 @with_debians_script
 def test_debian_second_start(debian: Site) -> None:
-    """Whatever it says of that, those that run go on, and stop can find them."""
+    """The running daemons go on, whatever the script prints, and stop finds them."""
     debian.init("start")
     before = {name: debian.pid(name) for name in PAIR}
     debian.init("start")
@@ -259,7 +259,7 @@ STALE = {
 @pytest.mark.parametrize("action", ["start", "restart"])
 @pytest.mark.parametrize("left", STALE.values(), ids=STALE)
 def test_debian_start_after_a_crash(left: str, action: str, debian: Site) -> None:
-    """Whatever the pid file holds it neither hinders nor hurts anybody."""
+    """A stale pid file neither hinders the start nor hurts another process."""
     assert debian.init("start").returncode == 0
     before = debian.pids()
     debian.kill()
@@ -459,7 +459,7 @@ def test_debian_unit(site: Site) -> None:
 
 
 class Notice(NamedTuple):
-    """What came through the socket, and from whom."""
+    """A datagram from the socket, and its sender."""
 
     text: bytes
     pid: int
@@ -467,7 +467,7 @@ class Notice(NamedTuple):
 
 
 class Manager:
-    """The end of systemd that services tell how they are."""
+    """The end of systemd that services notify."""
 
     def __init__(self, name: str) -> None:
         """Listen at a path, or at `@name` in the abstract namespace."""
@@ -493,7 +493,7 @@ class Manager:
 
     @property
     def env(self) -> Mapping[str, str]:
-        """What the service gets into its environment."""
+        """Return the variables that the service gets."""
         return {"NOTIFY_SOCKET": self.name}
 
     def notice(self) -> Notice:
@@ -535,7 +535,7 @@ def manager(request: pytest.FixtureRequest, public: Path) -> Iterator[Manager]:
 
 @as_root
 def test_ready(manager: Manager, proxsmtpd: StartDaemon, tmp_path: Path) -> None:
-    """When it says so it accepts, has its pid file and is the user it is to be."""
+    """At READY it accepts, has its pid file and is the configured user."""
     pid_file = tmp_path / "pid"
     settings = {"User": "nobody", "PidFile": pid_file}
     daemon = proxsmtpd(settings, wait=False, env=manager.env)

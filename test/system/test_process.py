@@ -88,7 +88,7 @@ def test_filter_that_cannot_be_ended(process: FilterRun, log_lines: LogLines) ->
 
 @pytest.mark.usefixtures("immune")
 def test_daemon_that_ends_waits_for_no_lock(process: FilterRun) -> None:
-    """Not even while a filter is being ended that cannot be ended."""
+    """The lock is held while a filter is being ended that cannot be ended."""
     process.start("sleep 2", os.environb, 5)
     pid = process._pid
     ending = threading.Thread(target=process.__exit__)
@@ -253,7 +253,7 @@ def test_python_without_ctypes(
 def test_python_that_may_not_execute_memory(
     best_spawn: Callable[[], Spawn], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What SELinux does to ctypes, as libffi sees it."""
+    """SELinux makes libffi fail in ctypes like this."""
 
     def refuse(_self: UnlockedSpawn) -> None:
         raise MemoryError
@@ -266,7 +266,7 @@ def test_python_that_may_not_execute_memory(
 
 
 def descriptors() -> set[str]:
-    """What this process has open."""
+    """List the open descriptors of this process."""
     return set(os.listdir("/proc/self/fd"))
 
 
@@ -307,7 +307,7 @@ def test_no_descriptor_to_watch_a_process(
 def test_file_that_cannot_be_removed(
     log_lines: LogLines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What became of the message stands all the same."""
+    """The message's outcome stays the same."""
     config, errors = program.parse_config(
         b"OutAddress: 25\nFilterType: file\nTempDirectory: %s\n" % bytes(tmp_path), ""
     )
@@ -385,7 +385,7 @@ def test_pid_file_where_nobody_may_make_one(
 def test_privileges_that_can_be_had_again(
     log_lines: LogLines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the system says of the change of user, that is looked at."""
+    """The daemon checks the result of the change of user."""
 
     def succeed(*_arguments: Any) -> None:
         pass

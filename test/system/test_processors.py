@@ -83,7 +83,7 @@ held.set()
 
 
 def test_moves_away_from_others() -> None:
-    """To the least used at the start; then at most once a second, and for a gain.
+    """It goes to the least used at the start; then at most once a second, for a gain.
 
     The three looks are too early, at a processor that others hardly use, and at
     one that they use by half.
@@ -100,7 +100,7 @@ def test_moves_away_from_others() -> None:
 
 
 def test_where_there_is_no_choice(proxsmtpd: StartDaemon) -> None:
-    """What the administrator has chosen, with taskset(1) for one, stays."""
+    """The administrator's choice, by taskset(1) for one, stays."""
     chosen = min(PROCESSORS)
     daemon = proxsmtpd(
         {"FilterCommand": "cat"}, preexec_fn=lambda: os.sched_setaffinity(0, {chosen})

@@ -82,7 +82,7 @@ def test_spooled_mail_has_no_name(proxsmtpd: StartDaemon) -> None:
 
 
 def test_names_of_files_for_filters(proxsmtpd: StartDaemon, tmp_path: Path) -> None:
-    """They lie right in TempDirectory, are not used again, and tell nothing."""
+    """They are in TempDirectory, are not used again, and reveal nothing."""
     names = tmp_path / "names"
     command = f'echo "$EMAIL" >> {names}'
     daemon = proxsmtpd({"FilterType": "file", "FilterCommand": command})
@@ -165,7 +165,7 @@ def planted(target: Target, what: str) -> None:
 def test_planted_temporary_file(
     what: str, unnamed: bool, target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever has the name already: it is left alone, and another name is taken."""
+    """A file that has the name already is left alone, and another name is taken."""
     directory = os.fsencode(target.path.parent)
     randoms = iter([b"\xaa" * 6, b"\xaa" * 6, b"\xbb" * 6])
     monkeypatch.setattr(os, "urandom", lambda _size: next(randoms))
@@ -285,7 +285,7 @@ def test_directory_in_place_of_the_pid_file(
 
 @pytest.mark.parametrize("what", PLANT)
 def test_planted_beside_the_pid_file(what: str, target: Target) -> None:
-    """Where the new file is written before it is renamed; the name is no secret."""
+    """The name of the new file, before it is renamed, is no secret."""
     beside = target.path.with_name(f"file.{os.getpid()}")
     planted(target._replace(path=beside), what)
     pid_file = program.PidFile(str(target.path))
@@ -318,7 +318,7 @@ def test_pid_file_of_a_user(what: str, target: Target) -> None:
 
 @pytest.mark.parametrize("what", PLANT_MORE)
 def test_pid_file_exchanged(what: str, target: Target, proxsmtpd: StartDaemon) -> None:
-    """At its end the daemon leaves alone what is not its own, and does end."""
+    """The daemon ends, and leaves alone a file that is not its own."""
     daemon = proxsmtpd({"PidFile": target.path}, level=1)
     target.path.unlink()
     planted(target, what)
@@ -356,7 +356,7 @@ IDENTITY = ("Uid", "Gid", "Groups", "CapPrm", "CapEff", "CapAmb")
 
 
 def identity(status: str) -> dict[str, list[str]]:
-    """Who a thread is, from its status in /proc."""
+    """Return the users and groups of a thread, from its status in /proc."""
     return {
         name: re.findall(rf"^{name}:\s*(.*)$", status, re.M)[0].split()
         for name in IDENTITY
@@ -471,7 +471,7 @@ def check_lines(lines: Iterable[bytes], start: bytes = b"proxsmtpd: ") -> None:
 
 @pytest.fixture
 def raw_log(tmp_path: Path) -> Path:
-    """Where `logging` puts the log, octet by octet."""
+    """Return the path of the log of `logging`, octet by octet."""
     return tmp_path / "log"
 
 
@@ -488,7 +488,7 @@ def test_log_of_the_dialogue(
     proxsmtpd: StartDaemon,
     raw_log: Path,
 ) -> None:
-    """What client and server say is logged at level 4, but cannot forge a line."""
+    """Level 4 logs the lines of client and server, which cannot forge one."""
     server = make_server()
     usual = dict(server.script)
     settings = {"FilterCommand": command} if command else {}
@@ -662,7 +662,7 @@ EXCHANGES = {
 
 
 def in_turn(replies: Sequence[Action]) -> Handler:
-    """What the server says to one answer after the other."""
+    """Answer one line after the other with these replies."""
     left = iter(replies)
     return lambda _connection, _line: next(left)
 
@@ -707,7 +707,7 @@ def environment(path: Path) -> dict[bytes, bytes]:
 
 
 def test_whole_environment(proxsmtpd: StartDaemon, tmp_path: Path) -> None:
-    """What the daemon was started with, and our variables in place of stale ones."""
+    """The filter has the daemon's environment, with our variables for stale ones."""
     saved = tmp_path / "environ"
     plain = {"PATH": os.environ["PATH"], "ODD": "a=b\nc\udcff", "EMPTY": ""}
     given = [
@@ -758,7 +758,7 @@ BETWEEN = [
 
 
 def test_nothing_of_the_last_message(proxsmtpd: StartDaemon, tmp_path: Path) -> None:
-    """REMOTE and REMOTE_HELO are one mail transaction's; the null sender is said."""
+    """REMOTE and REMOTE_HELO are one mail transaction's; a null sender is empty."""
     saved = tmp_path / "environ"
     command = f"cat /proc/self/environ > {saved}; cat"
     daemon = proxsmtpd({"FilterCommand": command}, env=STALE_ENVIRONMENT)
@@ -800,7 +800,7 @@ def heirlooms(tmp_path: Path) -> Iterator[list[int]]:
 def test_no_descriptor_is_inherited(
     kind: str, heirlooms: list[int], proxsmtpd: StartDaemon, tmp_path: Path
 ) -> None:
-    """Not the pid file's, another client's, its spool's, nor the starter's."""
+    """These are the pid file's, another client's, its spool's, the starter's."""
     saved = tmp_path / "descriptors"
     command = f"ls -l /proc/self/fd > {saved}"
     settings = {

@@ -117,7 +117,7 @@ def missing(kind: str) -> str:
 
 @functools.cache
 def complaints() -> Mapping[str, str]:
-    """What is missing for each kind; found out once."""
+    """Return the missing requirements of each kind; looks for them once."""
     return {kind: missing(kind) for kind in KINDS}
 
 
@@ -136,7 +136,7 @@ pytestmark = [
 
 
 def test_what_this_machine_can_do(capsys: pytest.CaptureFixture[str]) -> None:
-    """Nothing is asked of a machine that it cannot do, but it is said aloud."""
+    """The output says which kinds can be tried here."""
     with capsys.disabled():
         for kind, complaint in complaints().items():
             print(f"\n  TransparentProxy: {kind}: {complaint or 'can be tried here'}")
@@ -233,16 +233,16 @@ class Router:
             return self._at_end.enter_context(RawClient((host, port)))
 
     def addresses(self) -> str:
-        """What the last filter had in CLIENT and SERVER."""
+        """Return CLIENT and SERVER of the last filter."""
         return (self._place / "saved" / "addresses").read_text().strip()
 
     def filter_status(self) -> Status:
-        """Whose rights the last filter had."""
+        """Return the rights of the last filter."""
         return Status.of((self._place / "saved" / "status").read_text())
 
 
 class Status(NamedTuple):
-    """Whose rights a process or thread has, as in /proc/PID/status."""
+    """The rights of a process or thread, as in /proc/PID/status."""
 
     uids: frozenset[int]  # real, effective, saved, of the file system
     permitted: int
@@ -275,12 +275,12 @@ def router(
 
 
 def seen_by_server(kind: str, family: Family) -> str:
-    """Who a server must think that has connected to it."""
+    """Return the address that the server must see as its client's."""
     return {"client": family.router_out, "full": family.client}[kind]
 
 
 def peer_of(server: ScriptedServer) -> str:
-    """Who has opened the server's first connection."""
+    """Return the peer of the server's first connection."""
     peer = server.wait_connection().peer
     assert isinstance(peer, tuple)
     return str(peer[0])
@@ -360,7 +360,7 @@ def test_many_clients_at_a_time(kind: str, router: Router) -> None:
 def test_listener_of_one_family(
     listen: str, family: Family, kind: str, router: Router
 ) -> None:
-    """Where not all addresses are listened on, the one towards the clients will do."""
+    """A listener at the router's address towards the clients will do."""
     router.divert(kind)
     router.start({"TransparentProxy": kind, "Listen": listen})
     server = router.server(family.server)
@@ -423,7 +423,7 @@ def test_full_leaves_alone_what_it_is_not_for(family: Family, router: Router) ->
 
 @of_each_family
 def test_programs_of_the_router(family: Family, router: Router) -> None:
-    """With the rules for output; those of the proxy itself do not come back."""
+    """The rules for output divert them, but not the proxy's own connections."""
     requires_kind("client")
     (found,) = (b for b in blocks(TITLES["client"]) if "chain output" in b)
     router.machines.router.load(found.replace("_proxsmtp", "nobody"))
@@ -504,7 +504,7 @@ def as_nobody(*options: str) -> list[str]:
 
 
 def as_the_unit_has_it() -> list[str]:
-    """What systemd does with the unit in the manual, done by setpriv."""
+    """Return the setpriv command that does what systemd does by the manual's unit."""
     (unit,) = (b for b in blocks(TITLES["full"]) if b.startswith("[Service]"))
     found = dict(line.split("=", 1) for line in unit.splitlines()[1:])
     names = {
@@ -544,7 +544,7 @@ def test_root_is_given_up(kind: str, router: Router) -> None:
 
 @pytest.mark.parametrize("user", ["nobody", ""])
 def test_start_with_the_capability(user: str, router: Router, tmp_path: Path) -> None:
-    """As by systemd, whether or not the configuration names the user, too."""
+    """It starts with systemd's capability, with User in the configuration or not."""
     router.divert("full")
     command = [*as_the_unit_has_it(), *reachable_program(tmp_path)]
     settings = {"TransparentProxy": "full", "User": user or nobody().pw_uid}
@@ -607,7 +607,7 @@ def connections(text: str) -> list[list[str]]:
 
 @of_each_kind
 def test_commands_that_show_it(kind: str, router: Router) -> None:
-    """What ss prints for the addresses in the manual is what the manual shows."""
+    """ss prints for the manual's addresses the lines that are in the manual."""
     router.proxy(kind)
     router.server(IPV4.server)
     client = router.client(IPV4.server)

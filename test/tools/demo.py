@@ -39,7 +39,7 @@ exec sed '1,/^.\\{0,1\\}$/ s/^Subject: /&[filtered] /'
 
 
 class Case(NamedTuple):
-    """A message, and what is to become of it."""
+    """A message, and the outcome that it must have."""
 
     title: str
     sender: str
@@ -78,7 +78,7 @@ CASES = (
 
 
 class Outcome(NamedTuple):
-    """What became of a message."""
+    """The outcome of a message."""
 
     reply: str
     received: Optional[bytes]
@@ -166,7 +166,7 @@ def send(case: Case, proxy: Proxy, server: ScriptedServer) -> Outcome:
 
 
 def faults(case: Case, outcome: Outcome) -> list[str]:
-    """What is not as it should be."""
+    """Return the differences from the expected outcome."""
     found = []
     wanted = None
     if case.received is not None:

@@ -1,4 +1,4 @@
-"""`make soak`: some minutes of mixed load, behind which nothing may have grown.
+"""`make soak`: some minutes of mixed load, after which nothing may have grown.
 
     python3 test/tools/soak.py [MINUTES]
 
@@ -123,7 +123,7 @@ ACTIONS: dict[bytes, Action] = {
 
 
 class Usage(NamedTuple):
-    """What a process has for itself."""
+    """The resources of a process."""
 
     memory: int  # octets, its proportional share of what it shares included
     threads: int
@@ -132,7 +132,7 @@ class Usage(NamedTuple):
 
     @classmethod
     def of(cls, pid: int) -> Usage:
-        """What the process uses now."""
+        """Measure a process now."""
         proc = Path(f"/proc/{pid}")
         rollup = (proc / "smaps_rollup").read_text()
         return cls(
@@ -144,7 +144,7 @@ class Usage(NamedTuple):
 
     @property
     def counts(self) -> tuple[int, int, int]:
-        """What must be the same again, while memory may sway a little."""
+        """Return the counts that must be the same again; memory may vary a little."""
         return self.threads, self.descriptors, self.children
 
     @property
@@ -166,7 +166,7 @@ def count_children(pid: int) -> int:
 
 
 def growth(start: Usage, end: Usage) -> list[str]:
-    """What has grown, or changed where it should not."""
+    """Return the resources that have grown, or changed where they must not."""
     names = ("threads", "descriptors", "children")
     found = [
         f"{before} {name} have become {after}"
@@ -195,7 +195,7 @@ def sabotaged(verb: str) -> Handler:
 
 
 def make_server(port: int) -> ScriptedServer:
-    """The server behind all daemons, for a round."""
+    """Start the server of all daemons, for a round."""
     extensions = (b"PIPELINING", b"8BITMIME", b"XCLIENT ADDR NAME PORT")
     script = {verb: sabotaged(verb) for verb in ("MAIL", "DATA")}
     server = ScriptedServer(script, extensions=extensions, port=port)
@@ -242,7 +242,7 @@ class Daemon(NamedTuple):
         return case.plain if self.kind == "none" else case.filtered
 
     def usage(self) -> Usage:
-        """What it uses when it is left alone."""
+        """Measure it when it is left alone."""
         deadline = time.monotonic() + SILENCE
         found = Usage.of(self.process.pid)
         # Nobody tells when the last connection is done with.
@@ -262,7 +262,7 @@ class Daemon(NamedTuple):
         raise AssertionError(self.log.read_text())
 
     def faults(self) -> list[str]:
-        """What its log says of faults of its own, and what it has left behind."""
+        """Return faults of its own from its log, and the files that it has left."""
         found = re.findall(r"session failed: (?!Traceback| ).*", self.log.read_text())
         return found + [
             f"it left {path}" for path in self.log.parent.glob("proxsmtpd.*")

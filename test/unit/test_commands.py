@@ -162,7 +162,7 @@ def test_every_other_octet_around_a_verb(octet: int) -> None:
 
 @pytest.mark.parametrize("octet", [b"\0", b"\r", b"\n"], ids=["NUL", "CR", "LF"])
 def test_check_octets(octet: bytes) -> None:
-    """What is no command, such as an answer to AUTH, must be one line too."""
+    """Answers to AUTH, which are no commands, must be one line too."""
     program.check_octets(b"AGpvZQ==\xff\x01\t")
     for line in (octet, b"a" + octet, octet + b"a", b"a" + octet + b"DATA"):
         with pytest.raises(Refusal) as refused:
@@ -208,7 +208,7 @@ LONGEST = b"AUTH PLAIN ".ljust(LIMIT - 2, b"=")
 
 
 def outcomes(buffer: CommandBuffer, pieces: Sequence[bytes]) -> list[Outcome]:
-    """What comes out of a buffer as the pieces go in: lines and refusals."""
+    """Return the lines and refusals of a buffer as the pieces go in."""
     found: list[Outcome] = []
     for piece in pieces:
         buffer.feed(piece)

@@ -24,7 +24,7 @@ def parsed(octets: bytes) -> Config:
 
 
 def faults(octets: bytes, path: str = PATH) -> list[str]:
-    """What is said of a file."""
+    """Return the complaints about a file."""
     _, errors = program.parse_config(octets, path)
     return [str(error) for error in errors]
 
@@ -33,7 +33,7 @@ def faults(octets: bytes, path: str = PATH) -> list[str]:
 
 
 class Parts(NamedTuple):
-    """What an address comes to, with 99 for the default port."""
+    """An address's parts, with 99 for the default port."""
 
     host: str
     port: int
@@ -370,7 +370,7 @@ def test_bad_address(name: str, text: str) -> None:
 
 
 def test_proxy_protocol_and_transparent_proxy() -> None:
-    """What the header says and what the redirection says are not both the truth."""
+    """The header's addresses and the redirection's exclude each other."""
     octets = MINIMAL + b"ProxyProtocol: on\nTransparentProxy: client\n"
     complaint = "ProxyProtocol cannot be used with TransparentProxy"
     assert faults(octets) == [complaint]

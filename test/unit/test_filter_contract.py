@@ -161,7 +161,7 @@ def test_log_line(gathered: Envelope, line: str) -> None:
 
 
 def test_log_line_of_more_recipients_than_are_kept() -> None:
-    """Where no filter runs, their number is bounded by nothing else."""
+    """Without a filter nothing else bounds their number."""
     gathered = envelope(b"a@b", *(b"%06d" % n * 50 for n in range(1000)))
     lines = list(gathered.describe("192.0.2.9", "X"))
     listed = sum(line.count("to=0") for line in lines)
@@ -279,7 +279,7 @@ def test_command_for_the_shell(command: str) -> None:
 
 
 def test_shell_makes_the_same_words(tmp_path: Path) -> None:
-    """Of whatever is taken for plain, in a directory where patterns would match."""
+    """The shell splits a plain command into the same words."""
     for name in ("a", "b", "-", "a,b", "x=y"):
         (tmp_path / name).touch()
     rng = random.Random(1)
@@ -306,7 +306,7 @@ def test_shell_makes_the_same_words(tmp_path: Path) -> None:
 
 
 def said_by(*command: str) -> str:
-    """What a program says on standard output."""
+    """Return a program's standard output."""
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 

@@ -30,7 +30,7 @@ RECEIVED = b"Received: from x\r\n"
 
 
 class Transformer(Protocol):
-    """What takes blocks and gives blocks, and has something to say at the end."""
+    """Takes blocks and gives blocks, and the rest at the end."""
 
     def feed(self, block: bytes, /) -> bytes: ...
 
@@ -52,7 +52,7 @@ def transformed(transformer: Transformer, pieces: list[bytes]) -> bytes:
 
 
 def read(pieces: list[bytes]) -> tuple[bytes, bytes | None]:
-    """The message that the reader finds, and what came behind; None: no end."""
+    """Return the message that the reader finds and the rest; None: no end."""
     reader = MailDataReader()
     message = b""
     for number, piece in enumerate(pieces, 1):
@@ -146,7 +146,7 @@ NO_ENDS = {
 
 @pytest.mark.parametrize("ending", NO_ENDS.values(), ids=NO_ENDS.keys())
 def test_no_end_of_data(ending: bytes) -> None:
-    """Commands behind such an ending are part of the message."""
+    """Commands after such an ending are part of the message."""
     commands = b"MAIL FROM:<e@vil>\r\nRCPT TO:<v@ictim>\r\nDATA\r\n"
     octets = b"a" + ending + commands
     # A dot at the start of a line is taken for one of the stuffing.
@@ -159,7 +159,7 @@ def test_no_end_of_data(ending: bytes) -> None:
 
 @pytest.mark.parametrize("ending", NO_ENDS.values(), ids=NO_ENDS.keys())
 def test_no_end_of_data_at_the_start(ending: bytes) -> None:
-    """The data begins as if behind a CRLF; such an ending is no end there either."""
+    """The data begins as if after a CRLF; such an ending is no end there either."""
     octets = ending.removeprefix(b"\r\n") + b"x\r\n.\r\n"
     for pieces in cuts(octets):
         message, rest = read(pieces)
@@ -525,7 +525,7 @@ def test_writer(message: bytes, wire: bytes) -> None:
 
 @pytest.mark.parametrize("ending", NO_ENDS.values(), ids=NO_ENDS.keys())
 def test_writer_disarms(ending: bytes) -> None:
-    """What a filter writes, or a client smuggles in, has one end only."""
+    """A filter's output has one end only, and so has a client's message."""
     for message in (b"a" + ending + b"QUIT\r\n", b"a" + ending, ending + b"b", ending):
         for pieces in cuts(message):
             wire = written(pieces)

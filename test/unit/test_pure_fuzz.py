@@ -84,7 +84,7 @@ def mixture(rng: random.Random, words: Sequence[bytes], most: int = 40) -> bytes
 def mixtures(
     seed: str, *kinds: Sequence[bytes]
 ) -> Iterator[tuple[random.Random, bytes]]:
-    """Mixtures of each kind, with the rng for what else is to be thrown."""
+    """Return mixtures of each kind, with the generator for other random choices."""
     rng = random.Random(seed)
     for _ in range(ROUNDS):
         for words in kinds:
@@ -102,7 +102,7 @@ def pieces_of(rng: random.Random, octets: bytes) -> list[bytes]:
 
 
 def reference_read(octets: bytes) -> tuple[bytes, bytes | None]:
-    """The message in mail data, and what came behind its end; None: no end."""
+    """Return the message in mail data and the octets after it; None: no end."""
     message = b""
     while b"\r\n" in octets:
         line, _, octets = octets.partition(b"\r\n")
@@ -113,7 +113,7 @@ def reference_read(octets: bytes) -> tuple[bytes, bytes | None]:
 
 
 def reference_unstuff(line: bytes) -> bytes:
-    """What was between two CRLF, without the dots that a client may have added."""
+    """Remove the dots that a client may have added between two CRLF."""
     first, *others = line.split(b"\n")
     others = [part[1:] if part.startswith(b"..") else part for part in others]
     return b"\n".join([first.removeprefix(b"."), *others])
@@ -164,7 +164,7 @@ def reference_stuff(message: bytes) -> bytes:
 
 
 def read(pieces: Sequence[bytes]) -> tuple[bytes, bytes | None]:
-    """What the reader makes of pieces, in the reference's form."""
+    """Read pieces with the reader, in the reference's form."""
     reader = MailDataReader()
     message = b""
     for number, piece in enumerate(pieces, 1):
@@ -233,7 +233,7 @@ def test_writer(field: bytes) -> None:
 
 
 def test_round_trip() -> None:
-    """What the writer wrote is what a reader reads, with clean line ends."""
+    """A reader reads the writer's message, with clean line ends."""
     for rng, octets in mixtures("round trip", LINES, ANY):
         wire = written(pieces_of(rng, octets), b"")
         behind = mixture(rng, LINES)
@@ -351,7 +351,7 @@ def reference_replies(octets: bytes) -> list[bytes] | None:
 
 
 def replies_in(pieces: Sequence[bytes]) -> list[bytes] | None:
-    """What the buffer makes of pieces, in the reference's form."""
+    """Read pieces with the buffer, in the reference's form."""
     buffer = ReplyBuffer()
     found: list[bytes] = []
     try:
@@ -416,7 +416,7 @@ def test_last_line() -> None:
 def outcome(
     function: Callable[[], Result], expected: type[Failure]
 ) -> Result | Failure:
-    """What a function returns, or the exception of its own that it raises."""
+    """Return a function's result, or the exception of its own that it raises."""
     try:
         return function()
     except expected as error:
@@ -551,7 +551,7 @@ def check_config(octets: bytes) -> None:
 
 
 def check_log_line(octets: bytes) -> None:
-    """What strangers sent makes one printable line."""
+    """Check that octets from strangers make one printable line."""
     envelope = program.Envelope()
     envelope.sender = octets
     envelope.add_recipient(octets)

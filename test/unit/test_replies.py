@@ -264,7 +264,7 @@ def hello(*texts: bytes) -> Reply:
 
 
 def shown(*extensions: bytes) -> Reply:
-    """What the client gets when these service extensions are left."""
+    """Return the client's reply to EHLO with these service extensions left."""
     return hello(b"smtp.passthru", b"PIPELINING", *extensions)
 
 
