@@ -32,6 +32,7 @@ from fault_table import Case
 from helpers import (
     MARKER,
     MEGABYTE,
+    NETWORK,
     PATIENCE,
     StartDaemon,
     as_root,
@@ -206,9 +207,7 @@ class Scenario:
             **options,
         )
         self.pid = self.daemon.process.pid
-        # Of this process alone: another run of these tests takes ports, too.
-        network = f"127.{os.getpid() % 250 + 1}"
-        self._hosts = (f"{network}.{n // 250}.{n % 250 + 1}" for n in itertools.count())
+        self._hosts = (f"{NETWORK}.{n // 250}.{n % 250 + 1}" for n in itertools.count())
         self._before = footprint(self.pid)
 
     def close(self) -> None:

@@ -8,7 +8,6 @@ says is written down as lines, so that two accounts can be compared line by line
 from __future__ import annotations
 
 import itertools
-import os
 import re
 import shutil
 import socket
@@ -19,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from helpers import Daemon, Settings, settings_text, write_config
+from helpers import NETWORK, Daemon, Settings, settings_text, write_config
 from smtp import EXTENSIONS, ScriptedServer
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ ORIGINAL = "/usr/sbin/proxsmtpd"
 
 # The addresses of the programs and of their servers.  No client's socket is ever bound
 # to these, so that a port that is free now is still free when somebody binds it.
-HOST, SERVER_HOST = "127.1.0.1", "127.1.0.2"
+HOST, SERVER_HOST = f"{NETWORK}.251.1", f"{NETWORK}.251.2"
 
 # Seconds that a program may wait for a peer (its TimeOut), and after which a client
 # that still gets nothing gives up.  The first must end what the original lets hang.
@@ -44,6 +43,7 @@ SIDES = ("client", "server", "log")
 TIME = r"\d\d:\d\d:\d\d"
 VARIABLE = (
     (r"^(proxsmtpd: )[0-9A-F]{6}: ", r"\1ID: "),
+    (re.escape(f"{NETWORK}."), "127.1."),
     (r"\b(127\.[\d.]+):\d+", r"\1:PORT"),
     (r"(XCLIENT .* PORT=)\d+", r"\1N"),
     (r"PLACE/temp/[\w.-]+", "PLACE/temp/NAME"),
@@ -147,8 +147,8 @@ def _wait_closed(server: ScriptedServer) -> None:
         return  # server_lines() says so.
 
 
-# Below the ports that connections get, and apart for test runs at the same time.
-_ports = itertools.count(20_000 + os.getpid() % 30 * 400)
+# Below the ports that connections get.
+_ports = itertools.count(20_000)
 _ports_lock = threading.Lock()
 
 

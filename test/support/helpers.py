@@ -42,6 +42,9 @@ PATIENCE = 10.0  # seconds for the program
 PEER_PATIENCE = 30.0  # seconds for another package's program
 MEGABYTE = 1 << 20
 
+# A loopback network of this process's own: no other run of the tests takes its ports.
+NETWORK = f"127.{os.getpid() % 250 + 2}"
+
 MESSAGE = b"Subject: test\r\n\r\nHello\r\n"
 GREETING = b"220 smtp.passthru ESMTP\r\n"
 QUEUED = b"250 2.0.0 Ok: queued\r\n"
