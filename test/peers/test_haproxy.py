@@ -61,7 +61,7 @@ needs_haproxy = requires("haproxy", HAPROXY)
 
 SEED = "haproxy"
 WORKERS = 8
-SESSION = 4  # messages that a client sends at most before it connects anew
+SESSION = 4  # messages that a client sends at most before it connects again
 SIZES = (80, 3_000, 60_000)
 STRETCH = 60  # messages accepted between one event and the next
 PATIENCE = 60.0

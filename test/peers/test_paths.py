@@ -111,7 +111,7 @@ def send_all(address: str, way: str) -> list[str]:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can start servers")
-def test_envelope_is_what_the_filter_is_told(
+def test_filter_gets_the_envelope(
     real: Server, proxsmtpd: StartDaemon, filter_script: MakeFilter
 ) -> None:
     """Every spelling arrives through us, and as what the server alone takes it for."""

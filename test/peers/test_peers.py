@@ -571,7 +571,7 @@ def test_client_sends(
         ),
     ],
 )
-def test_client_hears_refusal(
+def test_client_gets_the_refusal(
     client: Client,
     tmp_path: Path,
     make_server: MakeServer,

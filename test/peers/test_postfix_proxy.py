@@ -192,7 +192,7 @@ VERDICTS = {
 
 @both_ways
 @pytest.mark.parametrize("case", VERDICTS.values(), ids=VERDICTS)
-def test_client_hears_the_verdict(
+def test_client_gets_the_verdict(
     chain: Chain,
     proxsmtpd: StartDaemon,
     filter_script: MakeFilter,

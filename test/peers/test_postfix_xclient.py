@@ -26,7 +26,7 @@ pytestmark = requires("postfix", POSTFIX)
 
 TRUST = {
     "smtpd_authorized_xclient_hosts": "127.0.0.0/8",
-    # So that mail only goes on when HELO was said anew after XCLIENT.
+    # So that mail only goes on when HELO was sent again after XCLIENT.
     "smtpd_helo_required": "yes",
 }
 # What an access table says of clients, which is how their refusal begins and ends.
@@ -157,7 +157,7 @@ ATTRIBUTES = {
 
 
 @pytest.mark.parametrize("case", ATTRIBUTES.values(), ids=ATTRIBUTES)
-def test_server_hears_of_the_client(
+def test_server_gets_the_clients_attributes(
     servers: Servers, proxsmtpd: StartDaemon, case: Attributes
 ) -> None:
     daemon = proxsmtpd(servers.settings("trusting"), level=1)
@@ -364,7 +364,7 @@ def test_refusal_lasts(servers: Servers, proxsmtpd: StartDaemon, source: str) ->
     client.expect(MAIL, kind)
 
 
-# --- Pipelining, while XCLIENT makes the server begin anew ---
+# --- Pipelining, while XCLIENT makes the server start again ---
 
 
 def codes(client: RawClient, count: int) -> list[bytes]:

@@ -350,7 +350,7 @@ def test_replies_are_not_held_back_for_a_slow_server(
 
 
 @pytest.mark.parametrize("settings", [{}, {"FilterCommand": "cat"}], ids=["", "cat"])
-def test_acceptance_is_told_before_the_next_command(
+def test_acceptance_is_sent_before_the_next_command(
     settings: dict[str, object], make_server: MakeServer, proxsmtpd: StartDaemon
 ) -> None:
     """A client that gave up meanwhile would send the message again."""

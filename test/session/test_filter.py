@@ -1343,7 +1343,7 @@ TIDY = {
 
 
 @pytest.mark.parametrize("mode", [{}, {"FilterFailure": "pass"}], ids=["", "pass"])
-def test_what_an_ended_filter_says_is_no_verdict(
+def test_ended_filter_gives_no_verdict(
     mode: Mapping[str, object],
     proxsmtpd: StartDaemon,
     server: ScriptedServer,

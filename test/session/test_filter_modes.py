@@ -423,7 +423,7 @@ def test_message_that_cannot_be_kept(
 ) -> None:
     """It is deferred, unless it can go on from memory and the filter is only tried.
 
-    The commands that are pipelined behind it are answered.
+    The commands that are pipelined after it are answered.
     """
     goes_on = kind == "file" and settings == OBSERVE
     command, message = ("cat", LONG) if kind == "pipe" else (":", SHORT)
@@ -465,7 +465,7 @@ def test_message_outgrows_memory_where_it_cannot_be_kept(
 
 
 @pytest.mark.parametrize("settings", [{}, PASS, OBSERVE], ids=["", "pass", "observe"])
-def test_commands_behind_a_last_block_that_cannot_be_kept(
+def test_commands_after_a_last_block_that_cannot_be_kept(
     settings: dict[str, str], proxsmtpd: StartDaemon, server: ScriptedServer
 ) -> None:
     """Memory is full with the block that has the message's end, and they are in it."""

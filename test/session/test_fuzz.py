@@ -85,7 +85,7 @@ EXTENSIONS = (
 )
 FILTER_AHEAD = b"354 Start mail input; end with <CRLF>.<CRLF>\r\n"
 
-# The digest is over all but line ends and blanks: proxsmtpd mends those behind the
+# The digest is over all but line ends and blanks: proxsmtpd mends those after the
 # filter.  What begins with 0 is dropped, with 1 rejected.
 STAMP = """\
 exec 3>&1
@@ -322,7 +322,7 @@ def bombard(address: str, rng: random.Random) -> tuple[bytes, bool]:
             sock.sendall(b"\r\n.\r\nQUIT\r\n")
         while more := listen(sock, PATIENCE):
             received += more
-    assert more is not None, f"no end behind {bytes(received)!r}"
+    assert more is not None, f"no end after {bytes(received)!r}"
     return bytes(received), True
 
 
@@ -344,7 +344,7 @@ def successes(received: bytes, *, is_all: bool) -> Iterator[bytes]:
         if before.startswith(b"354") and reply.startswith(b"2"):
             yield reply
         elif not before.startswith(b"354"):
-            assert not QUEUED.fullmatch(reply), f"{reply!r} behind {before!r}"
+            assert not QUEUED.fullmatch(reply), f"{reply!r} after {before!r}"
         before = reply
     assert place == len(received) or not is_all, f"no reply: {received[place:]!r}"
 

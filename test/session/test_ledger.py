@@ -50,7 +50,7 @@ SEED = os.environ.get("LEDGER_SEED", "1")
 MESSAGES = int(os.environ.get("LEDGER_MESSAGES", "320"))
 WORKERS = 8
 ALL_DONE = 60.0  # seconds in which a disturbance must come to its end
-SESSION = 4  # messages that a client sends at most before it connects anew
+SESSION = 4  # messages that a client sends at most before it connects again
 SIZES = (*(80, 3_000, 60_000) * 6, 1_500_000)
 
 ERROR = b"451 Local Error"

@@ -158,7 +158,7 @@ MAILS = {
 
 @pytest.mark.parametrize("verb", [b"EHLO", b"HELO"])
 @pytest.mark.parametrize("extensions", [[SIZE], []], ids=["offered", "not offered"])
-def test_server_hears_of_size_what_it_offered(
+def test_server_gets_size_as_it_offered_it(
     verb: bytes,
     extensions: list[bytes],
     proxsmtpd: StartDaemon,
@@ -344,7 +344,7 @@ def test_just_the_limit(
     assert len(server.messages) == 1
 
 
-def test_what_filter_and_header_add_does_not_count(
+def test_additions_of_filter_and_header_do_not_count(
     proxsmtpd: StartDaemon, server: ScriptedServer
 ) -> None:
     settings = {"MaxMessageSize": LIMIT, "Header": "X-Long: " + "x" * 900}

@@ -79,7 +79,7 @@ SMUGGLED = b"MAIL FROM:<smuggled@example.com>\r\nRCPT TO:<b@example.com>\r\nDATA
 def sections(ends: Mapping[str, bytes]) -> list[tuple[bytes, bytes, bytes]]:
     """For each false end: what stands before it, itself, and what follows."""
     return [
-        (b"before %d" % number, end, b"behind %d\r\n" % number + SMUGGLED)
+        (b"before %d" % number, end, b"after %d\r\n" % number + SMUGGLED)
         for number, end in enumerate(ends.values())
     ]
 
@@ -87,9 +87,9 @@ def sections(ends: Mapping[str, bytes]) -> list[tuple[bytes, bytes, bytes]]:
 def pieces(ends: Mapping[str, bytes], cut: int) -> list[bytes]:
     """One message with all false ends, each cut in two after so many octets."""
     found, piece = [], b""
-    for before, end, behind in sections(ends):
+    for before, end, after in sections(ends):
         found.append(piece + before + end[:cut])
-        piece = end[cut:] + behind
+        piece = end[cut:] + after
     return [*found, piece]
 
 
@@ -176,7 +176,7 @@ def test_client_smuggles(
             assert message.data == cleaned(unstuffed(sent))
     client.quit()
     assert len(credulous.messages) == LONGEST + 1
-    assert b"behind" not in b"".join(credulous.connections[0].lines)
+    assert b"after" not in b"".join(credulous.connections[0].lines)
 
 
 # Writes its output in many pieces: a shell's own printf makes one write each.
@@ -218,7 +218,7 @@ def test_filter_smuggles(
             assert message.data == cleaned(b"".join(pieces(ends, cut)))
     client.quit()
     assert len(credulous.messages) == LONGEST + 1
-    assert b"behind" not in b"".join(credulous.connections[0].lines)
+    assert b"after" not in b"".join(credulous.connections[0].lines)
 
 
 def test_false_ends_across_blocks(
@@ -602,7 +602,7 @@ def spellings(verb: bytes, argument: bytes) -> dict[str, bytes]:
         found[f"{name} before"] = octet + verb + rest
         if name not in BLANKS:
             found[f"{name} within"] = verb[:2] + octet + verb[2:] + rest
-        found[f"{name} behind"] = verb + octet + argument
+        found[f"{name} after"] = verb + octet + argument
         if name in ENDS:
             found[f"{name} at the end"] = verb + rest + octet
     for name, (letter, like) in LETTERS.items():
@@ -616,11 +616,11 @@ def hidden(line: bytes) -> dict[str, bytes]:
     """Put commands after something else, which a server may cut off."""
     limit = program.COMMAND_LIMIT
     return {
-        "behind a CR": b"NOOP\r" + line,
-        "behind an LF": b"NOOP\n" + line,
-        "behind LF CR": b"NOOP\n\r" + line,
-        "behind a NUL": b"NOOP\0" + line,
-        "behind CR NUL": b"NOOP\r\0" + line,
+        "after a CR": b"NOOP\r" + line,
+        "after an LF": b"NOOP\n" + line,
+        "after LF CR": b"NOOP\n\r" + line,
+        "after a NUL": b"NOOP\0" + line,
+        "after CR NUL": b"NOOP\r\0" + line,
         "over-long with LF": b"NOOP " + b"x" * limit + b"\n" + line,
         "over-long with CR": b"NOOP " + b"x" * limit + b"\r" + line,
         "over-long blanks": b" " * limit + line,
@@ -774,15 +774,15 @@ def test_the_criterion_of_messages(
 
 LIMIT = program.COMMAND_LIMIT
 TAILS = {
-    "behind the limit": [b"x" * LIMIT, MAIL + CRLF],
-    "right behind it": [b"x" * (LIMIT + 1), MAIL + CRLF],
+    "after the limit": [b"x" * LIMIT, MAIL + CRLF],
+    "right after it": [b"x" * (LIMIT + 1), MAIL + CRLF],
     "right before it": [b"x" * (LIMIT - 1), MAIL + CRLF],
-    "behind blanks": [b" " * LIMIT, MAIL + CRLF],
-    "behind a CR": [b"x" * LIMIT + b"\r", MAIL + CRLF],
-    "behind two CR": [b"x" * LIMIT + b"\r", b"\r" + MAIL + CRLF],
-    "behind a CR and a NUL": [b"x" * LIMIT + b"\r", b"\0\n" + MAIL + CRLF],
-    "behind an LF": [b"x" * LIMIT + b"\n" + MAIL, CRLF],
-    "behind many pieces": [b"x" * 5000] * 20 + [MAIL + CRLF],
+    "after blanks": [b" " * LIMIT, MAIL + CRLF],
+    "after a CR": [b"x" * LIMIT + b"\r", MAIL + CRLF],
+    "after two CR": [b"x" * LIMIT + b"\r", b"\r" + MAIL + CRLF],
+    "after a CR and a NUL": [b"x" * LIMIT + b"\r", b"\0\n" + MAIL + CRLF],
+    "after an LF": [b"x" * LIMIT + b"\n" + MAIL, CRLF],
+    "after many pieces": [b"x" * 5000] * 20 + [MAIL + CRLF],
     "line end in two pieces": [b"x" * LIMIT + MAIL + b"\r", b"\n"],
 }
 
@@ -1130,7 +1130,7 @@ def test_dialogue_without_a_fault(faulty: Faulty) -> None:
     assert len(faulty.server.messages) == 1
 
 
-def test_what_is_no_reply(faulty: Faulty) -> None:
+def test_bad_replies(faulty: Faulty) -> None:
     """Said in answer to anything, it ends the session: 421, and not a word more."""
     wrong = {}
     for (name, reply), verb in itertools.product(NO_REPLIES.items(), VERBS):

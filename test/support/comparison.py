@@ -57,7 +57,7 @@ VARIABLE = (
 class Dialogue:
     """A client's lines, with the settings, the server and the filter.
 
-    Each of `turns` is sent with a CRLF behind it, and then one reply is awaited; for
+    Each of `turns` is sent with a CRLF after it, and then one reply is awaited; for
     None nothing is sent.  The greeting is awaited before the first.  `script`,
     `greeting` and `extensions` are the server's, as ScriptedServer has them;
     `program` is the text of a shell script that becomes the FilterCommand; with an

@@ -98,7 +98,7 @@ def test_version() -> None:
 
 
 @pytest.mark.parametrize("path", ["/dev/full", "/dev/null"])
-def test_version_is_written_or_that_it_is_not_is_said(path: str) -> None:
+def test_version_with_full_output(path: str) -> None:
     with open(path, "wb") as output:
         result = subprocess.run(
             [*program_under_test(), "-v"],
@@ -504,7 +504,7 @@ def test_stale_unix_socket_is_replaced(proxsmtpd: StartDaemon, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kind", ["file", "directory", "link", "fifo"])
-def test_what_is_no_socket_stays(
+def test_other_file_at_the_sockets_path_stays(
     kind: str, config: Callable[[str], Path], tmp_path: Path
 ) -> None:
     path = tmp_path / "precious"
@@ -600,7 +600,7 @@ def test_connect_back_over_ipv6(
 
 
 @with_mounts
-def test_names_are_resolved_anew_and_all_addresses_tried(
+def test_names_are_resolved_again_and_all_addresses_tried(
     make_server: MakeServer, proxsmtpd: StartDaemon, tmp_path: Path
 ) -> None:
     server = make_server(host="127.0.0.9")
@@ -1279,7 +1279,7 @@ def test_levels(
         assert not re.search(hidden, daemon.log(), re.M)
 
 
-def test_no_filter_is_said_once(proxsmtpd: StartDaemon) -> None:
+def test_missing_filter_is_logged_once(proxsmtpd: StartDaemon) -> None:
     daemon = proxsmtpd()
     client = daemon.connect()
     client.message(MESSAGE)

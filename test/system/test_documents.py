@@ -302,7 +302,7 @@ def test_first_filter_of_the_readme(
 
 # --- Postfix ---
 
-PORTS = ("10025", "10026")  # of proxsmtpd, and of Postfix behind it
+PORTS = ("10025", "10026")  # of proxsmtpd, and of Postfix after it
 POSTFIX_EXAMPLES = ("Postfix, after the queue", "Postfix, before the queue")
 MARKING = """\
 if [ "$SENDER" = mallory@example.com ]; then
@@ -411,7 +411,7 @@ def assert_refused(title: str, postfix: PrivatePostfix, entrance: int) -> None:
         assert refusal.encode() in b" ".join(bounce.body.split())
 
 
-def test_postfix_waits_for_longer_than_all_that_is_behind_it() -> None:
+def test_postfix_waits_longer_than_proxsmtpd() -> None:
     """The whole run of the filter, and the server's answers to DATA and message."""
     example = postfix_example("Postfix, before the queue", {})
     limits = r"timeout -s KILL (\d+) |^TimeOut: (\d+)|smtpd_proxy_timeout=(\d+)s"

@@ -226,7 +226,7 @@ def dry_run(workspace: Workspace) -> StartDryRun:
 # --- What becomes of a message ---
 
 
-def test_all_that_is_said(dry_run: StartDryRun) -> None:
+def test_whole_output(dry_run: StartDryRun) -> None:
     result = dry_run({"FilterCommand": "sed s/Hello/Goodbye/"}, MESSAGE)
     output = re.sub(r"\d+\.\d{3} s", "N s", result.output)
     temporary = f"{output.partition('TMPDIR=')[2].splitlines()[0]}"
@@ -669,9 +669,7 @@ def test_environment_of_examples_header_and_caller(dry_run: StartDryRun) -> None
     assert result.only.environment == {**GIVEN, **temporary}
 
 
-def test_what_is_shown_is_what_the_filter_has(
-    dry_run: StartDryRun, tmp_path: Path
-) -> None:
+def test_environment_shown_is_the_filters(dry_run: StartDryRun, tmp_path: Path) -> None:
     saved = tmp_path / "environ"
     given: dict[str, Union[str, bytes]] = {**GIVEN, "OTHER": "kept"}
     given["SENDER"] = b"caf\xe9\x1b[2J@example.com"
@@ -755,7 +753,7 @@ def changes_between(name: str, before: bytes, after: bytes) -> list[str]:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_daemon_says_the_same(
+def test_daemon_does_the_same(
     kind: str,
     mode: str,
     workspace: Workspace,

@@ -553,7 +553,7 @@ def test_ready(manager: Manager, proxsmtpd: StartDaemon, tmp_path: Path) -> None
     assert manager.has_nothing()
 
 
-def test_stopping_is_told_first(manager: Manager, proxsmtpd: StartDaemon) -> None:
+def test_stopping_is_notified_first(manager: Manager, proxsmtpd: StartDaemon) -> None:
     """A message under way finishes after that."""
     daemon = proxsmtpd(env=manager.env)
     assert manager.notice().text == b"READY=1"

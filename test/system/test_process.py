@@ -101,7 +101,7 @@ def test_daemon_that_ends_waits_for_no_lock(process: FilterRun) -> None:
     assert poll(lambda: not is_there(pid))
 
 
-def test_filter_that_is_told_to_end_before_it_starts(process: FilterRun) -> None:
+def test_filter_that_is_ended_before_it_starts(process: FilterRun) -> None:
     """It never does, since nobody would end it any more."""
     process.send_signal(signal.SIGKILL)
     with pytest.raises(FilterFailure, match="the daemon ends"), process:
@@ -111,9 +111,7 @@ def test_filter_that_is_told_to_end_before_it_starts(process: FilterRun) -> None
 
 
 @pytest.mark.parametrize("command", ["true", "false"])
-def test_filter_that_is_told_to_end_at_its_end(
-    command: str, process: FilterRun
-) -> None:
+def test_filter_that_is_ended_at_its_end(command: str, process: FilterRun) -> None:
     """Whether the signal was still in time, nobody can know."""
     process.start(command, os.environb, 5)
     assert poll(lambda: process._pid not in program.live_groups())
@@ -165,7 +163,7 @@ def files(tmp_path: Path) -> Iterator[list[int]]:
         os.close(file)
 
 
-def test_what_a_program_is_started_with(
+def test_attributes_of_a_new_process(
     spawn: Spawn, files: list[int], tmp_path: Path
 ) -> None:
     script = """

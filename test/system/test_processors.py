@@ -143,7 +143,7 @@ with processors.all():
 
 
 @pytest.mark.parametrize("surroundings", [RENUMBERED, TAKEN_AWAY, NOT_ALLOWED])
-def test_where_nothing_can_be_told(surroundings: str) -> None:
+def test_unknown_usage_of_processors(surroundings: str) -> None:
     """The threads then stay where they are."""
     environment = {**os.environ, "PYTHONPATH": str(Path(PROGRAM).parent)}
     run = subprocess.run(

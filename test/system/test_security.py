@@ -731,7 +731,7 @@ def test_whole_environment(proxsmtpd: StartDaemon, tmp_path: Path) -> None:
     }
 
 
-def test_what_has_no_value_is_unset(
+def test_variables_without_a_value_are_unset(
     make_server: MakeServer, proxsmtpd: StartDaemon, tmp_path: Path
 ) -> None:
     """On unix sockets nobody has an address; not the daemon's old one either."""

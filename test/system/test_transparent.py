@@ -135,7 +135,7 @@ pytestmark = [
 ]
 
 
-def test_what_this_machine_can_do(capsys: pytest.CaptureFixture[str]) -> None:
+def test_requirements_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     """The output says which kinds can be tried here."""
     with capsys.disabled():
         for kind, complaint in complaints().items():

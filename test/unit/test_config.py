@@ -270,7 +270,7 @@ def test_off(word: str) -> None:
     assert parsed(off.encode()).xclient is False
 
 
-# What is more than poll can wait for is for ever; C takes all of them too.
+# What is more than poll can wait for means no limit; C takes all of them too.
 @pytest.mark.parametrize("name", ["FilterTimeout", "TimeOut", "KeepAlives"])
 @pytest.mark.parametrize("number", [2_000_001, 2**31, 2**32 + 1, 2**63, 10**30])
 def test_clamped(name: str, number: int) -> None:
@@ -395,12 +395,12 @@ SPELLINGS = {
 
 @pytest.mark.parametrize("line", SPELLINGS.values(), ids=SPELLINGS.keys())
 @pytest.mark.parametrize(
-    ("before", "behind"),
+    ("before", "after"),
     [(b"", b""), (b"", b"\n"), (b"", b"\r\n"), (b"User: x\n", b"\nUser: y\n")],
     ids=["alone", "LF", "CRLF", "among others"],
 )
-def test_spelling(before: bytes, line: bytes, behind: bytes) -> None:
-    assert parsed(before + line + behind).filter_command == "/bin/f"
+def test_spelling(before: bytes, line: bytes, after: bytes) -> None:
+    assert parsed(before + line + after).filter_command == "/bin/f"
 
 
 NO_SETTINGS = {
@@ -409,7 +409,7 @@ NO_SETTINGS = {
     "blanks": b"  \t \n \r\n",
     "comment": b"# FilterCommand: /bin/f\n",
     "comment without blank": b"#FilterCommand: /bin/f",
-    "comment behind blanks": b"  \t# FilterCommand: /bin/f\n",
+    "comment after blanks": b"  \t# FilterCommand: /bin/f\n",
     "comment with CR": b"# FilterCommand: /bin/f\r\n",
     "comment that is no setting": b"# what it is\n",
     "comment with a NUL": b"# \0\n",

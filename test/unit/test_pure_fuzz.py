@@ -236,9 +236,9 @@ def test_round_trip() -> None:
     """A reader reads the writer's message, with clean line ends."""
     for rng, octets in mixtures("round trip", LINES, ANY):
         wire = written(pieces_of(rng, octets), b"")
-        behind = mixture(rng, LINES)
-        found = read(pieces_of(rng, wire + behind))
-        assert found == (reference_repair(octets), behind)
+        after = mixture(rng, LINES)
+        found = read(pieces_of(rng, wire + after))
+        assert found == (reference_repair(octets), after)
 
 
 # How clients stuff: only where SMTP has a line's end, or also after a bare LF, as
