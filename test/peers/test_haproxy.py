@@ -762,7 +762,7 @@ UNFINISHED: dict[str, bytes] = {
     "v2-addresses-cut": v2(TCP4, block(FOUR))[:-1],
     "v2-fields-cut": v2(TCP4, block(FOUR) + tlv(NOOP, b"12"))[:-1],
 }
-NO_HEADER = r"no PROXY header from 127\.0\.0\.3\b"
+NO_HEADER = r"(?:no|bad) PROXY header from 127\.0\.0\.3\b"
 ANYWHERE = "127.0.0.3"  # where those come from who make headers themselves
 
 

@@ -609,7 +609,8 @@ def test_client_authenticates(
     result = send(client, tmp_path, daemon, mechanism, WRONG_PASSWORD)
     assert result.status != 0, result.output
     assert peer.accepted() == 1
-    assert f"{mechanism} authenticator failed" in peer.log()
+    # Exim logs this after its reply.
+    assert poll(lambda: f"{mechanism} authenticator failed" in peer.log()), peer.log()
     assert_no_secrets(daemon)
 
 

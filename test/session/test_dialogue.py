@@ -264,6 +264,8 @@ class Runner:
         if known:
             self.server.wait_for(lambda: known.closed)
         assert len(self.server.messages) == self.messages
+        if self.forbidden:
+            self.daemon.wait_log("CLIENT connection closed$")
         for pattern in self.forbidden:
             assert not re.search(pattern, self.daemon.log(), re.M), pattern
 
@@ -810,4 +812,5 @@ def test_server_that_resets_at_once(proxsmtpd: StartDaemon) -> None:
     listener.close()
     thread.join()
     assert answers == {b"421 "}
+    assert daemon.stop() == 0  # that line would come after the reply
     assert "session failed" not in daemon.log()

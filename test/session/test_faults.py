@@ -203,7 +203,6 @@ class Scenario:
                 **SETTINGS[way],
                 **settings,
             },
-            level=3,
             **options,
         )
         self.pid = self.daemon.process.pid

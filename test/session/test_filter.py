@@ -13,9 +13,9 @@ import os
 import pwd
 import re
 import resource
+import select
 import shutil
 import signal
-import statistics
 import sys
 import tempfile
 import threading
@@ -30,6 +30,7 @@ from helpers import (
     LOCAL_ERROR,
     MEGABYTE,
     MESSAGE,
+    PROGRAM,
     QUEUED,
     STALE_ENVIRONMENT,
     Daemon,
@@ -1135,25 +1136,6 @@ def test_concurrent_messages(proxsmtpd: StartDaemon, server: ScriptedServer) -> 
     assert sorted(m.data for m in server.messages) == sorted(expected)
 
 
-def test_a_message_takes_milliseconds(proxsmtpd: StartDaemon) -> None:
-    """No 40 ms stall by Nagle's algorithm and delayed acknowledgements.
-
-    A stall adds 40 ms to each message, so half of them tell, whatever the machine
-    takes for the rest of them.
-    """
-    daemon = proxsmtpd({"FilterCommand": "cat"}, level=0)
-    client = daemon.connect()
-    client.start()
-    client.message(MESSAGE)
-    times = []
-    for _ in range(20):
-        begin = time.monotonic()
-        client.envelope()
-        assert client.message(MESSAGE) == QUEUED
-        times.append(time.monotonic() - begin)
-    assert statistics.median(times) < 0.03
-
-
 # --- The daemon's end ---
 
 
@@ -1465,3 +1447,101 @@ def test_filter_is_ended_with_the_daemon(
     assert took < 3 if signals == 2 else 3 < took < 8
     assert poll(lambda: not any(map(is_alive, running)), timeout=1)
     assert server.messages == []
+
+
+DIRECTORIES = {
+    "ends by SIGTERM": "exec sleep 60",
+    "ends by SIGKILL": "trap '' TERM; sleep 60 & wait",
+}
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+@pytest.mark.parametrize("rest", DIRECTORIES.values(), ids=DIRECTORIES)
+def test_directory_in_the_place_of_the_file_at_the_daemons_end(
+    rest: str, signals: int, by_file: StartDaemon, tmp_path: Path
+) -> None:
+    """It goes, too, with all that is in it."""
+    made = tmp_path / "made"
+    os.mkfifo(made)
+    directory = 'rm "$EMAIL"; mkdir "$EMAIL"; echo >"$EMAIL/a"'
+    daemon = by_file(f"{directory}; echo >{made}; {rest}")
+    client = start_message(daemon)
+    made.read_text()
+    (entry,) = daemon.tempdir.iterdir()
+    assert entry.is_dir()
+    daemon.process.send_signal(signal.SIGTERM)
+    if signals == 2:
+        assert poll(lambda: not accepts(daemon))
+        daemon.process.send_signal(signal.SIGTERM)
+    else:
+        assert client.reply() == LOCAL_ERROR
+    assert daemon.wait() == 0
+    assert list(daemon.tempdir.iterdir()) == []
+
+
+# --- A cache file that cannot be read ---
+
+BROKEN_READING = """\
+import errno, os, runpy, sys
+def pread(descriptor, length, offset):
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+os.pread = pread
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+SPILLED = MEGABYTE + 1
+UNREADABLE = {
+    "message": ({"FilterCommand": "cat"}, long_message(2 * MEGABYTE)),
+    "output": ({"FilterCommand": f"head -c {SPILLED} /dev/zero"}, MESSAGE),
+    "file": ({"FilterCommand": "true", "FilterType": "file"}, MESSAGE),
+    "passed": (
+        {"FilterCommand": "cat", "FilterFailure": "pass"},
+        long_message(2 * MEGABYTE),
+    ),
+}
+
+
+@pytest.mark.parametrize(("settings", "message"), UNREADABLE.values(), ids=UNREADABLE)
+def test_cache_file_that_cannot_be_read(
+    settings: Mapping[str, str],
+    message: bytes,
+    proxsmtpd: StartDaemon,
+    server: ScriptedServer,
+) -> None:
+    """The message is deferred, and the log does not blame the writing."""
+    command = [sys.executable, "-c", BROKEN_READING, PROGRAM]
+    daemon = proxsmtpd(settings, program=command)
+    client = daemon.connect(timeout=30)
+    assert client.message(message) == LOCAL_ERROR
+    daemon.wait_log(r": error reading cache file: Input/output error$")
+    daemon.wait_log(r"client=.*, status=(451 Local Error|FILTER-ERROR)$")
+    assert "couldn't write" not in daemon.log()
+    assert server.messages == []
+
+
+# --- Other sessions ---
+
+SLEEPERS = 100
+
+
+def test_others_hear_at_once_while_filters_time_out(proxsmtpd: StartDaemon) -> None:
+    """Many that have to be ended at the same time hold up nobody else."""
+    settings = {"FilterCommand": "sleep 60", "FilterTimeout": 1}
+    daemon = proxsmtpd({**settings, "MaxConnections": SLEEPERS + 1}, level=1)
+    other = daemon.connect(timeout=30)
+    other.start()
+    clients = [daemon.connect(timeout=30) for _ in range(SLEEPERS)]
+    for client in clients:
+        client.start()
+        client.expect(b"DATA", b"354")
+    for client in clients:
+        client.send(MESSAGE + b".\r\n")
+    waiting = {client.sock: client for client in clients}
+    longest = 0.0
+    while waiting:
+        begun = time.monotonic()
+        other.expect(b"NOOP", b"250")
+        longest = max(longest, time.monotonic() - begun)
+        answered, _, _ = select.select(list(waiting), [], [], 0.01)
+        for sock in answered:
+            assert waiting.pop(sock).reply() == LOCAL_ERROR
+    assert longest < 1

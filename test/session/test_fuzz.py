@@ -712,6 +712,7 @@ def test_server_gone_as_soon_as_connected(
     with daemon.connect() as client:
         assert client.reply() == b"421 Connection to server lost\r\n"
         assert client.eof()
+    assert daemon.stop() == 0  # that line would come after the reply
     assert "session failed" not in daemon.log()
 
 

@@ -73,7 +73,7 @@ FAILURES = {
         "", 'rm "$EMAIL"', "couldn't open cache file: .*: No such file or directory"
     ),
     "a directory": Case(
-        "", 'rm "$EMAIL"; mkdir "$EMAIL"', "no regular file any more: .*"
+        "", 'rm "$EMAIL"; mkdir "$EMAIL"', "filter left no regular file: .*"
     ),
     "a link": Case(
         "", 'rm "$EMAIL"; ln -s /etc/passwd "$EMAIL"', "couldn't open cache file: .*"

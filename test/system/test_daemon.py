@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable
@@ -26,15 +27,18 @@ import proxsmtpd as module
 from detached import Detach
 from helpers import (
     GREETING,
+    MARKER,
     MESSAGE,
     PATIENCE,
     QUEUED,
+    TRACEBACK,
     Daemon,
     MakeServer,
     StartDaemon,
     as_root,
     fake_devices,
     is_listening,
+    marked_processes,
     mounted,
     on_other_systems_too,
     poll,
@@ -486,6 +490,7 @@ def test_listen_on_everything(proxsmtpd: StartDaemon, tmp_path: Path) -> None:
             with RawClient(f"{host}:{port}") as client:
                 assert client.message(MESSAGE) == QUEUED
             assert saved.read_text() == f"{client_address}\n"
+            daemon.wait_log(rf": client={client_address}, from=a@example\.com")
     assert "ffff" not in daemon.log()
 
 
@@ -1377,3 +1382,56 @@ def test_syslog_of_very_many_recipients(detach: Detach, place: Path) -> None:
         reading.result()
         daemon.end()
     assert found == [b"%03d" % number for number in range(500)]
+
+
+# --- The end of a start ---
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("is_stopped", [False, True], ids=["", "stopped"])
+def test_signal_for_the_parent_of_a_starting_daemon(
+    number: int, is_stopped: bool, config: Callable[[str], Path], server: ScriptedServer
+) -> None:
+    """The parent passes it on, and fails when its child has ended."""
+    read_end, write_end = full_pipe()
+    with reserve_port() as holder:
+        address = f"127.0.0.1:{port_of(holder)}"
+        path = config(f"Listen: {address}\nOutAddress: {server.address}\n")
+        command = [*program_under_test(), "-f", str(path), "-p/dev/stdout"]
+        mark = uuid.uuid4().hex
+        parent = subprocess.Popen(
+            command,
+            env={**os.environ, MARKER: mark},
+            stdout=write_end,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            # The child waits for a reader of its pid.
+            assert poll(lambda: len(marked_processes(mark)) == 2)
+            (child,) = marked_processes(mark).keys() - {parent.pid}
+            if is_stopped:
+                os.kill(child, signal.SIGSTOP)
+            parent.send_signal(number)
+            _, errors = parent.communicate(timeout=PATIENCE)
+            assert parent.returncode == 1
+            assert TRACEBACK not in errors
+            assert marked_processes(mark) == {}
+            assert not is_listening(address)
+        finally:
+            for pid in marked_processes(mark):
+                os.kill(pid, signal.SIGKILL)
+            parent.wait()
+            os.close(read_end)
+            os.close(write_end)
+
+
+def full_pipe() -> tuple[int, int]:
+    """A pipe's two ends; whoever writes more to it has to wait."""
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(write_end, b"x")
+    os.set_blocking(write_end, True)
+    return read_end, write_end

@@ -281,3 +281,19 @@ def test_configuration_that_is_there_stays(place: Path) -> None:
 def test_uninstall_leaves_the_configuration_only(place: Path) -> None:
     make("uninstall", place)
     assert files(place) == {CONFIG: 0o644}
+
+
+@pytest.mark.parametrize("target", ["install", "uninstall", "check"])
+@pytest.mark.parametrize(
+    "name", ["DESTDIR", "PREFIX", "SBINDIR", "SYSCONFDIR", "MANDIR", "PYTHON"]
+)
+def test_quote_that_the_shell_would_misread(
+    name: str, target: str, tmp_path: Path
+) -> None:
+    value = f"{tmp_path}/it's"
+    python = value if name == "PYTHON" else sys.executable
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        make(target, tmp_path / "root", python=python, where=[f"{name}={value}"])
+    first = failed.value.stderr.decode().splitlines()[0]
+    assert first == f"{name} must not contain a single quote: {value}"
+    assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
@@ -20,12 +21,12 @@ import proxsmtpd as program
 from helpers import poll, port_of, reserve_port
 from proxsmtpd import (
     FilterFailure,
-    Filtering,
     FilterRun,
     KeepAlive,
     Log,
     Processors,
     Spawn,
+    Transaction,
     UnlockedSpawn,
 )
 
@@ -48,7 +49,7 @@ def log_lines() -> LogLines:
 def process(log_lines: LogLines) -> FilterRun:
     """A filter's process that has not been started."""
     config, _ = program.parse_config(b"OutAddress: 25\n", "")
-    shared = program.share(config, log_lines.log, {}, Processors(wanted=False))
+    shared = program.Shared(config, log_lines.log, {}, Processors(wanted=False))
     return FilterRun(shared, log_lines.log)
 
 
@@ -80,7 +81,7 @@ def test_filter_that_cannot_be_ended(process: FilterRun, log_lines: LogLines) ->
     with pytest.raises(FilterFailure, match="timeout"), process:
         process.finish(NO_KEEP_ALIVE)
     assert time.monotonic() - begin < 4.5
-    assert log_lines[-1] == f"filter process cannot be ended (pid {pid})"
+    assert log_lines[-1] == f"couldn't kill filter process (pid {pid})"
     process.send_signal(signal.SIGTERM)  # as the daemon's end does
     assert is_there(pid)
     assert poll(lambda: not is_there(pid))
@@ -103,7 +104,8 @@ def test_daemon_that_ends_waits_for_no_lock(process: FilterRun) -> None:
 
 def test_filter_that_is_ended_before_it_starts(process: FilterRun) -> None:
     """It never does, since nobody would end it any more."""
-    process.send_signal(signal.SIGKILL)
+    with process._shared.shutdown.listed(process):
+        process._shared.shutdown.kill()
     with pytest.raises(FilterFailure, match="the daemon ends"), process:
         process.start("sleep 60", os.environb, 5)
     with pytest.raises(ChildProcessError):
@@ -115,24 +117,25 @@ def test_filter_that_is_ended_at_its_end(command: str, process: FilterRun) -> No
     """Whether the signal was still in time, nobody can know."""
     process.start(command, os.environb, 5)
     assert poll(lambda: process._pid not in program.live_groups())
-    process.send_signal(signal.SIGTERM)
+    with process._shared.shutdown.listed(process):
+        process._shared.shutdown.stop()
     with pytest.raises(FilterFailure, match="the daemon ends"), process:
         process.finish(NO_KEEP_ALIVE)
 
 
 def test_filter_that_would_start_when_all_are_ended(process: FilterRun) -> None:
-    filters = program.RunningFilters()
-    filters.end_all(signal.SIGTERM)
+    shutdown = program.Shutdown()
+    shutdown.stop()
     with pytest.raises(FilterFailure, match="the daemon ends"):
-        filters.listed(process).__enter__()
+        shutdown.listed(process).__enter__()
 
 
 def test_filters_that_are_not_running_any_more(process: FilterRun) -> None:
     """They are forgotten, and nobody sends them a signal."""
-    filters = program.RunningFilters()
-    with filters.listed(process):
+    shutdown = program.Shutdown()
+    with shutdown.listed(process):
         pass
-    filters.end_all(signal.SIGTERM)
+    shutdown.stop()
     with process:
         process.start("true", os.environb, 5)
         assert process.finish(NO_KEEP_ALIVE) == (0, b"")
@@ -310,13 +313,13 @@ def test_file_that_cannot_be_removed(
         b"OutAddress: 25\nFilterType: file\nTempDirectory: %s\n" % bytes(tmp_path), ""
     )
     assert errors == []
-    shared = program.share(config, log_lines.log, {}, Processors(wanted=False))
+    shared = program.Shared(config, log_lines.log, {}, Processors(wanted=False))
 
     def read_only(*_arguments: Any) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    with Filtering(shared, log_lines.log) as filtering:
-        filtering.receive(iter([b"Hello\r\n"]))
+    with contextlib.closing(Transaction(shared, log_lines.log, {})) as transaction:
+        transaction.receive(iter([b"Hello\r\n"]))
         monkeypatch.setattr(os, "unlink", read_only)
     assert log_lines[-1] == "couldn't remove cache file: Read-only file system"
 
@@ -359,8 +362,8 @@ def test_ipv6_where_a_socket_cannot_serve_ipv4(
             f"OutAddress: 25\nListen: {listen}\n".encode(), ""
         )
         assert errors == []
-        shared = program.share(config, log_lines.log, {}, Processors(wanted=False))
-        with program.Server(shared, program.Signals()).socket:
+        shared = program.Shared(config, log_lines.log, {}, Processors(wanted=False))
+        with program.Listener(shared, program.Signals()).socket:
             assert log_lines == [f"created socket: {listen}"]
 
 

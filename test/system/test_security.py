@@ -249,14 +249,15 @@ def test_file_filter_leaves_no_file(
 # --- The pid file ---
 
 
-@as_root
 @pytest.mark.parametrize("what", PLANT)
 def test_planted_pid_file(what: str, target: Target, proxsmtpd: StartDaemon) -> None:
     """It is replaced by one of ours, in a directory where all may write."""
     planted(target, what)
-    if what == "fifo":  # root's own would be written to
+    if what == "fifo":  # our own would be written to
+        if os.geteuid() != 0:
+            pytest.skip("needs root")
         os.chown(target.path, some_user().pw_uid, -1)
-    daemon = proxsmtpd({"PidFile": target.path}, level=1)
+    daemon = proxsmtpd({"PidFile": target.path})
     status = target.path.lstat()
     assert stat.S_ISREG(status.st_mode)
     assert stat.S_IMODE(status.st_mode) == 0o644
@@ -319,7 +320,7 @@ def test_pid_file_of_a_user(what: str, target: Target) -> None:
 @pytest.mark.parametrize("what", PLANT_MORE)
 def test_pid_file_exchanged(what: str, target: Target, proxsmtpd: StartDaemon) -> None:
     """The daemon ends, and leaves alone a file that is not its own."""
-    daemon = proxsmtpd({"PidFile": target.path}, level=1)
+    daemon = proxsmtpd({"PidFile": target.path})
     target.path.unlink()
     planted(target, what)
     before = target.path.lstat()
