@@ -71,7 +71,7 @@ SHUTTING_DOWN = b"421 Service shutting down"
 
 
 def mark_of(name: str) -> bytes:
-    """The line that this proxsmtpd's filter puts at the end of each message."""
+    """Return the line that this proxsmtpd's filter puts at the end of each message."""
     return b"filtered by %s\r\n" % name.encode()
 
 
@@ -93,7 +93,7 @@ class PutInFront(Protocol):
 
 @pytest.fixture
 def put_in_front(tmp_path: Path) -> Iterator[PutInFront]:
-    """A HAProxy that ends with the test."""
+    """Provide a HAProxy that ends with the test."""
     with ExitStack() as stack:
 
         def put(
@@ -370,7 +370,7 @@ class Ledger:
 
 
 def has_connection(port: int) -> bool:
-    """Whether a connection to this local port is open in both directions."""
+    """Return whether a connection to this local port is open in both directions."""
     table = Path("/proc/net/tcp").read_text()
     return bool(re.search(rf"^ *\d+: [0-9A-F]+:{port:04X} [0-9A-F:]+ 01 ", table, re.M))
 
@@ -588,18 +588,18 @@ def v1(line: bytes) -> bytes:
 
 
 def v1_ends(family: str, ends: Ends) -> bytes:
-    """A header of version 1 that names these ends."""
+    """Return a header of version 1 that names these ends."""
     client, client_port, local, local_port = ends
     return v1(f"{family} {client} {local} {client_port} {local_port}".encode())
 
 
 def v2(kind: int, rest: bytes = b"", command: int = PROXY) -> bytes:
-    """A header of version 2."""
+    """Return a header of version 2."""
     return SIGNATURE + struct.pack("!BBH", command, kind, len(rest)) + rest
 
 
 def block(ends: Ends) -> bytes:
-    """The addresses and ports in a header of version 2."""
+    """Return the addresses and ports in a header of version 2."""
     family = socket.AF_INET6 if ":" in ends.client else socket.AF_INET
     hosts = [socket.inet_pton(family, host) for host in (ends.client, ends.local)]
     return b"".join(hosts) + struct.pack("!HH", ends.client_port, ends.local_port)
@@ -625,14 +625,14 @@ def test_checksum() -> None:
 
 
 def checked(kind: int, before: bytes, after: bytes = b"", change: int = 0) -> bytes:
-    """A header of version 2 with its checksum, to which `change` is done."""
+    """Return a header of version 2 with its checksum, to which `change` is done."""
     blank = v2(kind, before + tlv(CRC32C, bytes(4)) + after)
     value = checksum(blank) ^ change
     return v2(kind, before + tlv(CRC32C, struct.pack("!I", value)) + after)
 
 
 def filled(size: int) -> bytes:
-    """A header of version 2 of so many octets."""
+    """Return a header of version 2 of so many octets."""
     return v2(TCP4, block(FOUR) + tlv(NOOP, bytes(size - 16 - 12 - 3)))
 
 

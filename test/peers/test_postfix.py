@@ -124,7 +124,7 @@ def after_queue(entrance: int, filter_port: int, reentry: int) -> PrivatePostfix
 
 @pytest.fixture(scope="module")
 def postfix_loop() -> Iterator[Loop]:
-    """One Postfix for all tests here: its start takes longer than any of them."""
+    """Provide one Postfix for all tests here, since it takes long to start."""
     require_root()
     with ExitStack() as stack:
         ports = [port_of(stack.enter_context(reserve_port())) for _ in range(3)]

@@ -26,7 +26,7 @@ pytestmark = requires("postfix", POSTFIX)
 
 @pytest.fixture
 def at_end() -> Iterator[ExitStack]:
-    """What closes all that a test opens."""
+    """Provide a stack that closes all that a test opens."""
     require_root()
     with ExitStack() as stack:
         yield stack

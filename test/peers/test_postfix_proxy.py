@@ -130,7 +130,7 @@ def before_queue(
 
 @pytest.fixture(scope="module")
 def postfix_chain() -> Iterator[Chain]:
-    """One Postfix for all tests here: its start takes longer than any of them."""
+    """Provide one Postfix for all tests here, since it takes long to start."""
     require_root()
     with ExitStack() as stack:
 
@@ -405,7 +405,7 @@ Abandon = Callable[[RawClient], None]
 
 
 def hang_up(client: RawClient) -> None:
-    """The client goes half way through its message."""
+    """Leave half way through the message."""
     client.send(b"Subject: long\r\n\r\n" + b"hello\r\n" * 30000)
     client.close()
 

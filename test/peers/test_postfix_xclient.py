@@ -74,7 +74,7 @@ class Servers:
 
 @pytest.fixture(scope="module")
 def postfix_servers() -> Iterator[Servers]:
-    """One Postfix for all tests here: its start takes longer than any of them."""
+    """Provide one Postfix for all tests here, since it takes long to start."""
     require_root()
     with ExitStack() as stack:
         ports = {name: port_of(stack.enter_context(reserve_port())) for name in SMTPDS}

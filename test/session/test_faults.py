@@ -214,7 +214,7 @@ class Scenario:
         self._holder.close()
 
     def next_host(self) -> str:
-        """A loopback address that no case has had."""
+        """Return a loopback address that no case has had."""
         return next(self._hosts)
 
     def run(self, case: Case) -> str:
@@ -273,7 +273,7 @@ class Scenario:
         assert footprint(self.pid) == self._before
 
     def processes_of(self, host: str) -> list[str]:
-        """The names of the processes of this address' filters that still live."""
+        """Return the names of the processes of this address' filters that live."""
         wanted = {f"{MARKER}={self.daemon.mark}".encode(), f"CLIENT={host}".encode()}
         found = []
         for process in Path("/proc").glob("[0-9]*"):
@@ -290,7 +290,7 @@ def virtual_memory(pid: int) -> int:
 
 
 def footprint(pid: int) -> dict[str, list[str]]:
-    """The threads, descriptors and children, zombies too, of a process."""
+    """Return the threads, descriptors and children, zombies too, of a process."""
     process = Path(f"/proc/{pid}")
     return {
         "threads": sorted(os.listdir(process / "task")),
@@ -300,7 +300,7 @@ def footprint(pid: int) -> dict[str, list[str]]:
 
 
 def parent(process: str) -> int:
-    """The parent of a process; 0 if this is none."""
+    """Return the parent of a process; 0 if this is none."""
     try:
         text = Path("/proc", process, "stat").read_text()
     except OSError:
@@ -364,7 +364,7 @@ class Trial:
     # The client
 
     def connect(self) -> RawClient:
-        """A client with the case's address."""
+        """Return a client with the case's address."""
         daemon = self.scenario.daemon.address
         client = RawClient(daemon, PATIENCE, (self.host, 0))
         self._closing.callback(client.close)
@@ -436,7 +436,7 @@ class Trial:
 
     @property
     def is_seen(self) -> bool:
-        """Whether anybody but proxsmtpd notices that the moment has come."""
+        """Return whether anybody but proxsmtpd notices that the moment has come."""
         unseen = {"line", "body", "HELP"}
         if self.scenario.way != "stream":
             unseen.add("DATA")
@@ -475,7 +475,7 @@ class Trial:
             self.server.script.update(self.faulty_script())
 
     def good_server(self) -> ScriptedServer:
-        """A server that accepts everything."""
+        """Return a server that accepts everything."""
         xclient = (b"XCLIENT ADDR",)
         offers = xclient if self.case.when in ("XCLIENT", "EHLO2") else ()
         server = ScriptedServer(
@@ -485,7 +485,7 @@ class Trial:
         return server
 
     def mend_server(self) -> ScriptedServer:
-        """The server without its fault."""
+        """Return the server without its fault."""
         if self.server is None:
             if self.case.what == "stalls":
                 self._blocked.close()
@@ -513,7 +513,7 @@ class Trial:
             yield "DATA", ACTIONS["5xx"]
 
     def held(self, usual: Action) -> Reply:
-        """The usual reply, but only when the client has done its worst."""
+        """Return the usual reply, but only when the client has done its worst."""
 
         def answer(_connection: Recorded, _line: bytes) -> Optional[Action]:
             self.barrier.pass_through()
@@ -568,7 +568,7 @@ class Trial:
 
 
 def next_reply(client: RawClient) -> str:
-    """The client's next reply as text; empty if the connection has ended."""
+    """Return the client's next reply as text; empty if the connection has ended."""
     if client.at_end():
         return ""
     reply = client.reply()
@@ -631,7 +631,7 @@ def test_table_is_complete(
 
 
 def idle_user() -> str:
-    """A user without processes, whom the system's limits hold for."""
+    """Return a user without processes, whom the system's limits hold for."""
     busy = set()
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(FileNotFoundError):  # It has ended meanwhile.
@@ -643,7 +643,7 @@ def idle_user() -> str:
 
 @contextlib.contextmanager
 def small_file_system(where: Path, size: str) -> Iterator[None]:
-    """A small file system there; when it ends, nothing of it may be in use."""
+    """Mount a small file system; nothing of it may be in use at the end."""
     options = f"mode=1777,size={size}"
     command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(where)]
     if subprocess.run(command, check=False).returncode:
@@ -656,7 +656,7 @@ def small_file_system(where: Path, size: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def missing(directory: Path, _pid: int) -> Iterator[None]:
-    """It is not there."""
+    """Rename the directory, so that it is not there."""
     away = directory.rename(directory.with_name("away"))
     try:
         yield
@@ -666,7 +666,7 @@ def missing(directory: Path, _pid: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def read_only(directory: Path, _pid: int) -> Iterator[None]:
-    """The daemon's user may not write there."""
+    """Take away the right of the daemon's user to write there."""
     mode = directory.stat().st_mode
     directory.chmod(0o555)
     try:
@@ -677,7 +677,7 @@ def read_only(directory: Path, _pid: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def full(directory: Path, _pid: int) -> Iterator[None]:
-    """Its file system has no block left."""
+    """Give it a file system without a free block."""
     with small_file_system(directory, "64k"):
         with contextlib.suppress(OSError):
             (directory / FILLING).write_bytes(bytes(MEGABYTE))
@@ -686,19 +686,19 @@ def full(directory: Path, _pid: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def small(directory: Path, _pid: int) -> Iterator[None]:
-    """Its file system is smaller than a long message."""
+    """Give it a file system that is smaller than a long message."""
     with small_file_system(directory, "2m"):
         yield
 
 
 def limited(_directory: Path, pid: int) -> Condition:
-    """The process may not write more into one file."""
+    """Forbid the process to write more into one file."""
     return limit(pid, resource.RLIMIT_FSIZE, MEGABYTE * 3 // 2)
 
 
 @contextlib.contextmanager
 def limit(pid: int, kind: int, number: int) -> Iterator[None]:
-    """A process that runs has another limit."""
+    """Give a process that runs another limit."""
     soft, hard = resource.prlimit(pid, kind)
     resource.prlimit(pid, kind, (number, hard))
     try:
@@ -753,7 +753,7 @@ def test_no_descriptors(way: str, proxsmtpd: StartDaemon, place: Path) -> None:
 
 
 def below_which_are(free: int, pid: int) -> int:
-    """The number below which a process has so many descriptors left."""
+    """Return the number below which a process has so many descriptors left."""
     used = {int(number) for number in os.listdir(f"/proc/{pid}/fd")}
     unused = (number for number in itertools.count() if number not in used)
     return next(itertools.islice(unused, free, None))

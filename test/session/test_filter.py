@@ -54,7 +54,7 @@ from smtp import Delay, RawClient, ScriptedServer
 def start_message(
     daemon: Daemon, sender: bytes = b"<a@example.com>", data: bytes = MESSAGE
 ) -> RawClient:
-    """A client that has sent a whole message and waits for its reply."""
+    """Return a client that has sent a whole message and waits for its reply."""
     client = daemon.connect(timeout=15)
     client.start(sender)
     client.expect(b"DATA", b"354")
@@ -218,7 +218,7 @@ def test_rejection_is_logged_with_its_words(proxsmtpd: StartDaemon) -> None:
 
 @pytest.fixture
 def saving(proxsmtpd: StartDaemon, tmp_path: Path) -> Daemon:
-    """A daemon whose filter saves its environment in `environ` beside its config."""
+    """Provide a daemon whose filter saves its environment in `environ`."""
     saved = tmp_path / "environ"
     command = f"cat /proc/self/environ > {saved}; cat"
     environ = {**STALE_ENVIRONMENT, "KEPT": "kept"}
@@ -440,7 +440,7 @@ def test_program_that_takes_long_to_start(
 
 @pytest.fixture
 def hanging(tmp_path: Path) -> Iterator[Path]:
-    """A program that nobody can open, as on a file system that hangs."""
+    """Provide a program that nobody can open, as on a file system that hangs."""
     if not hasattr(fcntl, "F_SETLEASE"):
         pytest.skip("only Linux has leases")
     cat = shutil.which("cat")
@@ -683,7 +683,7 @@ def test_signs_of_life(proxsmtpd: StartDaemon) -> None:
 
 @pytest.fixture
 def by_file(proxsmtpd: StartDaemon, filter_script: MakeFilter) -> StartDaemon:
-    """A factory of daemons with FilterType file and a script for the filter."""
+    """Provide a factory of daemons with FilterType file and a script for the filter."""
 
     def start(script: str, **settings: object) -> Daemon:
         command = {"FilterType": "file", "FilterCommand": filter_script(script)}
@@ -1159,7 +1159,7 @@ def test_filter_may_finish_at_the_daemons_end(
 
 
 def accepts(daemon: Daemon) -> bool:
-    """Whether the daemon still takes a connection."""
+    """Return whether the daemon still takes a connection."""
     try:
         RawClient(daemon.address, timeout=1).close()
     except ConnectionError:
@@ -1280,7 +1280,7 @@ def test_directories_in_the_place_of_the_file(
 
 @pytest.fixture
 def open_place() -> Iterator[Path]:
-    """A directory that everybody can write to, as /tmp."""
+    """Provide a directory that everybody can write to, as /tmp."""
     with tempfile.TemporaryDirectory(prefix="proxsmtpd-test-") as name:
         Path(name).chmod(0o1777)
         yield Path(name)

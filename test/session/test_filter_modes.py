@@ -115,7 +115,7 @@ def statuses(daemon: Daemon, count: int) -> list[str]:
 
 
 def errors(daemon: Daemon, pattern: str) -> list[str]:
-    """The log lines of sessions, or their parts, that are just so."""
+    """Return the log lines of sessions, or their parts, that are just so."""
     return re.findall(rf"^proxsmtpd: [0-9A-F]{{6}}: {pattern}$", daemon.log(), re.M)
 
 
@@ -330,7 +330,7 @@ def test_coded_verdict(
 
 
 def filter_and_idle_client(daemon: Daemon, ready: Path) -> tuple[RawClient, RawClient]:
-    """A client whose message is in the filter, and another who does nothing."""
+    """Return a client whose message is in the filter, and another who does nothing."""
     idle = daemon.connect()
     idle.start()
     client = daemon.connect(timeout=30)

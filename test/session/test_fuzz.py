@@ -106,7 +106,7 @@ DROPPED = re.compile(rb"250 2\.0\.0 ([0-9a-f]{64}) dropped\r\n")
 
 
 def is_stamped(data: bytes) -> bool:
-    """Whether mail data, as on the wire, is what the filter has made, and whole."""
+    """Return whether mail data on the wire is what the filter has made, and whole."""
     body, _, stamp = unstuffed(data).rpartition(b"\r\nX-Stamp: ")
     digest = hashlib.sha256((SECRET + body).translate(None, b"\r\n ")).hexdigest()
     return stamp == digest.encode() + b"\r\n"
@@ -127,7 +127,7 @@ class Target:
         self._base = self._usage_when_idle()
 
     def dropped(self) -> set[bytes]:
-        """The digests that the filter says it has dropped."""
+        """Return the digests that the filter says it has dropped."""
         return set(self._dropped.read_bytes().split())
 
     def _usage_when_idle(self) -> Usage:
@@ -154,7 +154,7 @@ MakeTarget = Callable[..., Target]
 
 @pytest.fixture
 def target(proxsmtpd: StartDaemon, tmp_path: Path) -> MakeTarget:
-    """A factory of daemons to be fired at, with all of their log in a file."""
+    """Provide a factory of daemons to be fired at, with all of their log in a file."""
 
     def make(server: ScriptedServer, settings: Mapping[str, object]) -> Target:
         log, dropped = tmp_path / "log", tmp_path / "dropped"
@@ -234,7 +234,7 @@ FORBIDDEN_VERBS = ("BDAT", "BURL", "STARTTLS", "XEXCH50", "TURN", "ATRN", "LHLO"
 
 
 def mixture(rng: random.Random, most: int = 60) -> bytes:
-    """Some words in any order, with octets of any value among them."""
+    """Return some words in any order, with octets of any value among them."""
     picked = (
         rng.randbytes(rng.randrange(8)) if rng.random() < 0.1 else rng.choice(WORDS)
         for _ in range(rng.randrange(most))
@@ -254,7 +254,7 @@ def dialogue(rng: random.Random) -> list[bytes]:
 
 
 def mutated(rng: random.Random, lines: Sequence[bytes]) -> list[bytes]:
-    """A few things of it taken away, put in, changed or cut."""
+    """Take away, put in, change or cut some of the lines."""
     result = list(lines)
     for _ in range(rng.choice((0, 0, 1, 1, 2, 3, 8))):
         place = rng.randrange(len(result))
@@ -288,7 +288,7 @@ MUTATIONS: Sequence[Callable[[random.Random, bytes], list[bytes]]] = (
 
 
 def pieces_of(rng: random.Random, octets: bytes) -> list[bytes]:
-    """The octets, cut at some places."""
+    """Cut the octets at some places."""
     places = sorted(rng.randrange(len(octets) + 1) for _ in range(rng.randrange(9)))
     return [octets[i:j] for i, j in zip([0, *places], [*places, len(octets)])]
 
@@ -334,7 +334,7 @@ def leave(client: RawClient, rng: random.Random) -> None:
 
 
 def successes(received: bytes, *, is_all: bool) -> Iterator[bytes]:
-    """The successes among the replies to mail data; all must be whole replies.
+    """Yield the successes among the replies to mail data; all must be whole replies.
 
     Mail data follows a 354 only, and its reply is the next one.
     """
@@ -350,7 +350,7 @@ def successes(received: bytes, *, is_all: bool) -> Iterator[bytes]:
 
 
 def strict_server(inbox: Inbox, make_server: MakeServer) -> ScriptedServer:
-    """An honest server that would take every false end, and wants a stamp."""
+    """Return an honest server that would take every false end, and wants a stamp."""
 
     def xclient(connection: Recorded, line: bytes) -> bytes:
         if re.search(rb" ADDR=9\.9", line, re.I):
@@ -393,7 +393,7 @@ def test_hostile_clients(
 
 
 def check_promises(received: Sequence[bytes], inbox: Inbox, target: Target) -> None:
-    """Each success stands for a message of its own, accepted or dropped."""
+    """Check that each success is for a message of its own, accepted or dropped."""
     tokens = [found[1] for found in map(QUEUED.fullmatch, received) if found]
     digests = [found[1] for found in map(DROPPED.fullmatch, received) if found]
     assert len(tokens) + len(digests) == len(received), received
@@ -436,7 +436,7 @@ class HostileServer:
         return handler
 
     def messages(self) -> Iterator[bytes]:
-        """All that it has received to anything that ends mail data somewhere."""
+        """Yield all that it has received to anything that ends mail data somewhere."""
         for connection in self.server.connections:
             for data in connection.received.split(b"DATA\r\n")[1:]:
                 end = ANY_END.search(data)
@@ -640,7 +640,7 @@ def verdict(script: Script) -> bytes | None:
 
 
 def mended(message: bytes) -> bytes:
-    """A message as it must arrive, whatever octets it is made of."""
+    """Return a message as it must arrive, whatever octets it is made of."""
     lines = re.sub(rb"\r+(?=\n|\Z)", b"", message).replace(b"\r", b" ").split(b"\n")
     if not lines[-1]:
         lines.pop()

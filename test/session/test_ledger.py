@@ -138,7 +138,7 @@ class Attempt:
 
     @property
     def is_settled(self) -> bool:
-        """Whether the client need not try again."""
+        """Return whether the client need not try again."""
         return self.reply is not None and self.reply.startswith((b"2", b"5"))
 
     @property
@@ -256,7 +256,7 @@ class Daemons:
 
 
 def no_process_has(mark: str) -> bool:
-    """Whether nothing is left of a daemon and its filters."""
+    """Return whether nothing is left of a daemon and its filters."""
     return not marked_processes(mark)
 
 
@@ -451,7 +451,7 @@ class Ledger:
         return "dropped" if was_dropped else "accepted"
 
     def _check_sums(self) -> None:
-        """Each message is settled once; each further copy has its excuse."""
+        """Check that each message is settled once, and each further copy excused."""
         count = self.count
         settled = Counter(a.number for a in self.attempts if a.is_settled)
         excused = count["killed, but stored"] + count["refused, but stored"]

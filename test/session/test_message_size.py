@@ -28,7 +28,7 @@ SIZE = b"SIZE 104857600"
 
 
 def of_size(octets: int) -> bytes:
-    """A message of just so many octets."""
+    """Return a message of just so many octets."""
     return MESSAGE + b"x" * (octets - len(MESSAGE) - 2) + b"\r\n"
 
 

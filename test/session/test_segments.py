@@ -1,4 +1,4 @@
-"""What goes out is one write, and goes at once: no stall by Nagle's algorithm.
+"""Each reply is one write, sent at once: no stall by Nagle's algorithm.
 
 The daemon's own sockets are looked at, by copies of its descriptors.
 """
@@ -53,7 +53,7 @@ def connections(daemon: Daemon) -> Iterator[socket.socket]:
 
 
 def segments(sock: socket.socket) -> int:
-    """The segments with data that it has sent, repeated ones not counted."""
+    """Return the segments with data that it has sent, repeated ones not counted."""
     info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
     if len(info) < DATA_SEGS_OUT + 4:
         pytest.skip("the system does not count segments")

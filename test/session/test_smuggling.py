@@ -85,7 +85,7 @@ def sections(ends: Mapping[str, bytes]) -> list[tuple[bytes, bytes, bytes]]:
 
 
 def pieces(ends: Mapping[str, bytes], cut: int) -> list[bytes]:
-    """One message with all false ends, each cut in two after so many octets."""
+    """Return one message with all false ends, each cut in two after so many octets."""
     found, piece = [], b""
     for before, end, after in sections(ends):
         found.append(piece + before + end[:cut])
@@ -144,7 +144,7 @@ def authenticated(client: RawClient) -> None:
 
 @pytest.fixture
 def credulous(make_server: MakeServer) -> ScriptedServer:
-    """A server that takes any false end for the end of the data."""
+    """Provide a server that takes any false end for the end of the data."""
     return make_server(end_of_data=TAKES_ALL)
 
 
@@ -184,7 +184,7 @@ WRITERS = {"pipe": "cat > /dev/null", "file": 'exec > "$EMAIL"'}
 
 
 def printing(piece: bytes) -> str:
-    """A shell command that writes these octets at once."""
+    """Return a shell command that writes these octets at once."""
     return "printf '" + "".join(f"\\{octet:03o}" for octet in piece) + "'\n"
 
 
@@ -316,12 +316,12 @@ def attack(end: bytes, number: int) -> bytes:
 
 
 def outer(number: int) -> bytes:
-    """The forward-path of an attack's outer message."""
+    """Return the forward-path of an attack's outer message."""
     return b"<outer%d@example.com>" % number
 
 
 def names_of(recipients: Sequence[str], kind: str) -> set[str]:
-    """The false ends that mail to `outer` or `inner` recipients stands for."""
+    """Return the false ends that mail to `outer` or `inner` recipients stands for."""
     names = list(ALL_ENDS)
     found = (re.match(rf"{kind}(\d+)@", recipient) for recipient in recipients)
     return {names[int(match[1])] for match in found if match}
@@ -414,7 +414,7 @@ class TestPostfix:
 
 
 def readings(line: bytes) -> set[str]:
-    """The verbs, in upper case, that a server may read in a line of any octets.
+    """Return the verbs, in upper case, that a server may read in a line of any octets.
 
     It may drop control characters, what is not ASCII, or the high bit; know UTF-8 and
     the plain and capital forms of its letters; end lines at a bare CR, LF or NUL.
@@ -441,7 +441,7 @@ def first_word(text: str) -> str:
 
 
 def is_taken_for(word: str, verb: str) -> bool:
-    """Whether a server may take a word for a verb: four letters do, and three of
+    """Return whether a server may take a word for a verb: four letters do, and three of
     which it knows what they abbreviate."""
     return word[:4] == verb[:4] or (len(word) >= 3 and verb.startswith(word))
 
@@ -505,7 +505,7 @@ class CredulousDialogue(socketserver.BaseRequestHandler):
                 self.obey(line)
 
     def read_until(self, pattern: bytes) -> bytes:
-        """All octets until they end like this; empty if the connection ends."""
+        """Return all octets until they end like this; empty if the connection ends."""
         octets = bytearray()
         while not re.search(pattern, octets):
             block = self.request.recv(65536)
@@ -549,7 +549,7 @@ class CredulousDialogue(socketserver.BaseRequestHandler):
 
 @pytest.fixture
 def worst() -> Iterator[CredulousServer]:
-    """A server that takes a line for any command that it resembles."""
+    """Provide a server that takes a line for any command that it resembles."""
     with CredulousServer() as server:
         yield server
         server.shutdown()
@@ -581,7 +581,7 @@ LETTERS = {
 
 
 def spellings(verb: bytes, argument: bytes) -> dict[str, bytes]:
-    """The spellings of a command that some server may take for it, without CRLF."""
+    """Return the spellings of a command that a server may take for it, without CRLF."""
     rest = b" " + argument if argument else b""
     found = {
         "plain": verb + rest,
@@ -628,7 +628,7 @@ def hidden(line: bytes) -> dict[str, bytes]:
 
 
 def next_reply(client: RawClient) -> bytes:
-    """The next reply, or nothing if the connection has ended."""
+    """Return the next reply, or nothing if the connection has ended."""
     return b"" if client.at_end() else client.reply()
 
 
@@ -678,7 +678,7 @@ def use_rcpt(client: RawClient, line: bytes) -> None:
 
 
 def use_other(client: RawClient, line: bytes) -> None:
-    """A command within a mail transaction, then what it may have announced."""
+    """Send a command within a mail transaction, then what it may have announced."""
     say(client, MAIL, RCPT, line)
     say_rest(client, b"raw message\r\nRSET\r\n")
 
@@ -704,7 +704,7 @@ FILTERS = {
 
 
 def got_past(taken: Taken) -> bool:
-    """Whether a message differs from what the filter has read, or from its envelope."""
+    """Return whether a message differs from the filter's input, or its envelope."""
     told = CRLF.join([taken.sender, *taken.recipients, b""])
     return taken.data != told + b"seen message\r\n.\r\n"
 
@@ -1115,7 +1115,7 @@ class Faulty(NamedTuple):
 def faulty(
     request: pytest.FixtureRequest, make_server: MakeServer, proxsmtpd: StartDaemon
 ) -> Faulty:
-    """A daemon with and without a filter."""
+    """Provide a daemon with and without a filter."""
     extensions = [b"XCLIENT ADDR", b"XFORWARD ADDR", b"AUTH LOGIN"]
     server = make_server(SERVER_SCRIPT, extensions=extensions)
     settings = {**MODES[request.param], "XClient": "on"}

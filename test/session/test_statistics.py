@@ -68,7 +68,7 @@ def times_of(words: Sequence[str | None]) -> Times | None:
 
 
 def parse(lines: Sequence[str]) -> Report:
-    """A report of its lines, each of which must have its form."""
+    """Return a report of its lines, each of which must have its form."""
     assert len(lines) == len(FORMS), lines
     found = [re.fullmatch(form, line) for form, line in zip(FORMS, lines)]
     assert all(found), lines
@@ -100,7 +100,7 @@ def report(daemon: Daemon) -> Report:
 
 
 def report_when_idle(daemon: Daemon) -> Report:
-    """The report after the last client has gone."""
+    """Return the report after the last client has gone."""
     reports = [report(daemon)]
 
     def is_idle() -> bool:

@@ -153,7 +153,7 @@ _ports_lock = threading.Lock()
 
 
 def next_port() -> int:
-    """A port that nobody has, and that this process never had before."""
+    """Return a port that nobody has, and that this process never had before."""
     while True:
         with _ports_lock, socket.socket() as probe:
             port = next(_ports)

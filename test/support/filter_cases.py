@@ -82,7 +82,7 @@ FAILURES = {
 
 
 def applicable(table: dict[str, Case]) -> list[tuple[str, str]]:
-    """The types of filter, and what each can do."""
+    """Return the types of filter, and what each can do."""
     return [(k, name) for k in KINDS for name in table if table[name].command(k)]
 
 

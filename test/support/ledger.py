@@ -15,7 +15,7 @@ class Lost(Exception):
 
 
 def message_data(key: bytes, plan: str, size: int) -> bytes:
-    """A message as on the wire, with what the filter and the server go by."""
+    """Return a message as on the wire, with what the filter and the server go by."""
     head = b"X-Key: %s\r\nX-Plan: %s\r\n\r\n" % (key, plan.encode())
     line = b".." + key + b" was here\r\n"
     return head + line * (size // len(line) + 1)

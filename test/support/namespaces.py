@@ -168,7 +168,7 @@ class Network(NamedTuple):
 
 @contextmanager
 def network() -> Iterator[Network]:
-    """The three machines, connected to each other; OSError if there can be none."""
+    """Connect the three machines to each other; OSError if there can be none."""
     with ExitStack() as at_end:
         machines = [at_end.enter_context(closing(Namespace())) for _ in range(3)]
         made = Network(*machines)

@@ -63,7 +63,7 @@ usage: proxsmtpd [-d debuglevel] [-f configfile] [-p pidfile]
 
 @pytest.fixture
 def config(tmp_path: Path) -> Callable[[str], Path]:
-    """A factory of configuration files: text in, path out."""
+    """Provide a factory of configuration files: text in, path out."""
 
     def make(text: str) -> Path:
         path = tmp_path / "proxsmtpd.conf"
@@ -433,7 +433,7 @@ def test_out_address_is_required(config: Callable[[str], Path]) -> None:
 
 
 def greeted(address: str) -> bool:
-    """Whether a client of this address is served."""
+    """Return whether a client of this address is served."""
     with RawClient(address) as client:
         return client.reply() == GREETING
 
@@ -447,7 +447,7 @@ def test_listen_on_a_port(proxsmtpd: StartDaemon) -> None:
 
 
 def is_localhost_known() -> bool:
-    """Whether localhost has its IPv4 address, as /etc/hosts gives it mostly."""
+    """Return whether localhost has its IPv4 address, as /etc/hosts gives it mostly."""
     try:
         return socket.gethostbyname("localhost") == "127.0.0.1"
     except OSError:
@@ -936,7 +936,7 @@ def test_long_queue(proxsmtpd: StartDaemon) -> None:
 
 
 def cpu_seconds(daemon: Daemon) -> float:
-    """The processor time that a process has used until now."""
+    """Return the processor time that a process has used until now."""
     text = Path(f"/proc/{daemon.process.pid}/stat").read_text()
     words = text.rpartition(")")[2].split()
     return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
@@ -1032,7 +1032,7 @@ def test_memory_runs_out(server: ScriptedServer, config: Callable[[str], Path]) 
 def end_of_starved(
     limit: int, server: ScriptedServer, config: Callable[[str], Path]
 ) -> int | None:
-    """The exit status of a daemon with so much memory; None if it cannot start."""
+    """Return the exit status with so much memory; None if it cannot start."""
     with reserve_port() as holder:
         address = f"127.0.0.1:{port_of(holder)}"
         settings = f"OutAddress: {server.address}\nFilterCommand: cat\n"
@@ -1427,7 +1427,7 @@ def test_signal_for_the_parent_of_a_starting_daemon(
 
 
 def full_pipe() -> tuple[int, int]:
-    """A pipe's two ends; whoever writes more to it has to wait."""
+    """Return a pipe's two ends; whoever writes more to it has to wait."""
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
     with contextlib.suppress(BlockingIOError):

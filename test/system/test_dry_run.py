@@ -127,7 +127,7 @@ class DryRun(NamedTuple):
 
     @property
     def counts(self) -> dict[str, int]:
-        """The summary, without what did not happen."""
+        """Return the summary, without what did not happen."""
         kinds = ", ".join(rf"(\d+) {kind}" for kind in KINDS_OF_END)
         form = rf"== messages: (\d+); {kinds}"
         match = re.fullmatch(form, self.output.splitlines()[-1])
@@ -138,7 +138,7 @@ class DryRun(NamedTuple):
 
 
 def is_plain(text: bytes) -> bool:
-    """Whether text can do no harm to any terminal."""
+    """Return whether text can do no harm to any terminal."""
     return re.fullmatch(rb"[ -~\n]*", text) is not None
 
 
@@ -736,7 +736,7 @@ MODES = {"enforce": {}, "pass": PASS, "observe": OBSERVE}
 
 
 def all_cases(kind: str) -> dict[str, str]:
-    """The commands of all cases for a type of filter, by a name for each."""
+    """Return the commands of all cases for a type of filter, by a name for each."""
     table = {**VERDICTS, **FAILURES, "terminated": both("kill -TERM $$", "")}
     # Only a command of the configuration can be too long for the system.
     commands = [table[name].command(kind) for name in table if name != "cannot start"]
@@ -842,7 +842,7 @@ class Running:
         )
 
     def line(self) -> bytes:
-        """The next line of what it says."""
+        """Return the next line of what it says."""
         assert self.process.stdout
         return self.process.stdout.readline()
 

@@ -62,13 +62,13 @@ def modes(place: Path, wanted: Callable[[Path], bool]) -> dict[str, int]:
 
 
 def files(place: Path) -> dict[str, int]:
-    """The files below a directory, with their modes."""
+    """Return the files below a directory, with their modes."""
     return modes(place, Path.is_file)
 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """The root of a tree in which it is installed."""
+    """Provide the root of a tree in which it is installed."""
     root = tmp_path / "root"
     make("install", root)
     return root

@@ -47,14 +47,14 @@ def log_lines() -> LogLines:
 
 @pytest.fixture
 def process(log_lines: LogLines) -> FilterRun:
-    """A filter's process that has not been started."""
+    """Provide a filter's process that has not been started."""
     config, _ = program.parse_config(b"OutAddress: 25\n", "")
     shared = program.Shared(config, log_lines.log, {}, Processors(wanted=False))
     return FilterRun(shared, log_lines.log)
 
 
 def is_there(pid: int) -> bool:
-    """Whether a process lives, or is a zombie that nobody has reaped."""
+    """Return whether a process lives, or is a zombie that nobody has reaped."""
     return Path(f"/proc/{pid}").exists()
 
 
@@ -156,7 +156,7 @@ def spawn(request: pytest.FixtureRequest) -> Spawn:
 
 @pytest.fixture
 def files(tmp_path: Path) -> Iterator[list[int]]:
-    """A program's standard input, output and error, open as files of these names."""
+    """Open files as a program's standard input, output and error."""
     opened = []
     for name in ("in", "out", "err"):
         (tmp_path / name).write_text("to be read\n" if name == "in" else "")
@@ -238,7 +238,7 @@ def test_descriptor_that_a_program_cannot_have(spawn: Spawn) -> None:
 
 @pytest.fixture
 def best_spawn() -> Iterator[Callable[[], Spawn]]:
-    """The function of that name, which has not been asked yet."""
+    """Provide the function of that name, which has not been asked yet."""
     program.best_spawn.cache_clear()
     yield program.best_spawn
     program.best_spawn.cache_clear()

@@ -18,13 +18,13 @@ pytestmark = pytest.mark.skipif(len(PROCESSORS) < 2, reason="needs two processor
 
 
 def placed(daemon: Daemon) -> set[frozenset[int]]:
-    """The sets of processors that the threads may run on."""
+    """Return the sets of processors that the threads may run on."""
     tasks = Path(f"/proc/{daemon.process.pid}/task").iterdir()
     return {frozenset(os.sched_getaffinity(int(task.name))) for task in tasks}
 
 
 def only(daemon: Daemon) -> int:
-    """The one processor of all threads; they move there one by one."""
+    """Return the one processor of all threads; they move there one by one."""
     assert poll(lambda: [len(where) for where in placed(daemon)] == [1])
     ((processor,),) = placed(daemon)
     return processor

@@ -52,7 +52,7 @@ SECRET = b"nobody else's business\n"
 
 
 def descriptors_in(pid: int, directory: Path) -> list[Path]:
-    """The descriptors of a process, in /proc, for files in a directory."""
+    """Return the descriptors of a process, in /proc, for files in a directory."""
     files = open_files(pid).items()
     return [path for path, name in files if name.startswith(f"{directory}/")]
 
@@ -127,7 +127,7 @@ class Target(NamedTuple):
 
 @pytest.fixture
 def target(place: Path) -> Target:
-    """A directory like /tmp, and a file beside it that must stay as it is."""
+    """Provide a directory like /tmp, and a file beside it that must stay as it is."""
     untouched = place / "untouched"
     untouched.write_bytes(SECRET)
     untouched.chmod(0o640)
@@ -433,7 +433,7 @@ def talk(daemon: Daemon, octets: bytes) -> None:
 
 
 def say_all(client: RawClient, octets: bytes) -> None:
-    """The whole dialogue of `talk`."""
+    """Have the whole dialogue of `talk`."""
     client.reply()
     for line in LINES:
         client.send(line.replace(b"%s", octets) + b"\r\n")
@@ -449,12 +449,12 @@ def say_all(client: RawClient, octets: bytes) -> None:
 
 
 def quotable(octets: bytes) -> bytes:
-    """The octets without those that a quoted local part may not have."""
+    """Return the octets without those that a quoted local part may not have."""
     return re.sub(rb'[\x00-\x1f\x7f"\\]', b"", octets)
 
 
 def reply_with(octets: bytes) -> bytes:
-    """A server's reply with these octets, in a form that still is a reply."""
+    """Return a server's reply with these octets, in a form that still is a reply."""
     inline = octets.translate(None, b"\n")
     return b"250-" + inline + b"\r\n250 " + inline + b"\r\n"
 
@@ -477,7 +477,7 @@ def raw_log(tmp_path: Path) -> Path:
 
 
 def logging_to(path: Path) -> list[str]:
-    """The program under test, with standard error in a file."""
+    """Return the program under test, with standard error in a file."""
     script = 'exec 2> "$0"; exec "$@"'
     return ["sh", "-c", script, str(path), *program_under_test()]
 
@@ -613,7 +613,7 @@ class Exchange(NamedTuple):
     answers: Sequence[Action] = (b"235 2.7.0 Yes\r\n",)
 
     def run(self, client: RawClient) -> None:
-        """The client's side, from the greeting to its end."""
+        """Be the client, from the greeting to its end."""
         client.reply()
         for octets in self.writes:
             client.send(octets + b"\r\n")
@@ -702,7 +702,7 @@ SHELLS = {b"PWD", b"OLDPWD", b"SHLVL", b"_"}
 
 
 def environment(path: Path) -> dict[bytes, bytes]:
-    """The environment that a filter has saved there."""
+    """Return the environment that a filter has saved there."""
     pairs = [entry.partition(b"=") for entry in path.read_bytes().split(b"\0")[:-1]]
     return {name: value for name, _, value in pairs if name not in SHELLS}
 

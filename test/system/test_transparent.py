@@ -77,7 +77,7 @@ of_each_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
 
 
 def blocks(title: str) -> list[str]:
-    """The literal displays of a section of the manual."""
+    """Return the literal displays of a section of the manual."""
     found = re.findall(
         r"^\.Bd -literal.*?\n(.*?)^\.Ed", section("proxsmtpd.8", title), re.M | re.S
     )
@@ -85,19 +85,19 @@ def blocks(title: str) -> list[str]:
 
 
 def lines(title: str) -> list[str]:
-    """The displays of one line in a section of the manual."""
+    """Return the displays of one line in a section of the manual."""
     source = section("proxsmtpd.8", title)
     return [unescaped(line) for line in re.findall(r"^\.Dl (.*)$", source, re.M)]
 
 
 def rules(kind: str) -> str:
-    """The rule set that hands the clients' connections over."""
+    """Return the rule set that hands the clients' connections over."""
     (found,) = (b for b in blocks(TITLES[kind]) if "chain prerouting" in b)
     return found
 
 
 def routes(kind: str) -> str:
-    """The commands for policy routing; none for `client`."""
+    """Return the commands for policy routing; none for `client`."""
     return "".join(b for b in blocks(TITLES[kind]) if b.startswith("ip "))
 
 
@@ -148,7 +148,7 @@ def test_requirements_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.fixture
 def tmp_path() -> Iterator[Path]:
-    """A directory that every user can get at (pytest's own are its user's)."""
+    """Provide a directory that every user can get at (pytest's own are its user's)."""
     path = Path(tempfile.mkdtemp(prefix="proxsmtpd-test-"))
     path.chmod(0o755)
     (path / "temp").mkdir()
@@ -171,7 +171,7 @@ def machines() -> Iterator[Network]:
 
 
 def nobody() -> pwd.struct_passwd:
-    """The user that the daemon becomes."""
+    """Return the user that the daemon becomes."""
     return pwd.getpwnam("nobody")
 
 
@@ -202,7 +202,7 @@ class Router:
         settings: Mapping[str, object],
         program: Sequence[str] | None = None,
     ) -> Daemon:
-        """A daemon on the router, as another user and with a telling filter."""
+        """Return a daemon on the router, as another user and with a telling filter."""
         saved = self._place / "saved"
         probe = f'echo "$CLIENT $SERVER" >{saved}/addresses'
         probe += f"; grep -E '^(Uid|Cap)' /proc/self/status >{saved}/status; cat"
@@ -216,19 +216,19 @@ class Router:
             return self._proxsmtpd({**defaults, **settings}, program=program)
 
     def proxy(self, kind: str) -> Daemon:
-        """A daemon of this kind, which has the connections handed over."""
+        """Return a daemon of this kind, which has the connections handed over."""
         self.divert(kind)
         return self.start({"TransparentProxy": kind})
 
     def server(
         self, host: str, where: str = "server", port: int = 25
     ) -> ScriptedServer:
-        """A server on one of the machines."""
+        """Return a server on one of the machines."""
         with getattr(self.machines, where).inside():
             return self._make_server(host=host, port=port)
 
     def client(self, host: str, port: int = 25, where: str = "client") -> RawClient:
-        """A client on one of the machines."""
+        """Return a client on one of the machines."""
         with getattr(self.machines, where).inside():
             return self._at_end.enter_context(RawClient((host, port)))
 
@@ -260,7 +260,7 @@ class Status(NamedTuple):
 
 
 def thread_statuses(daemon: Daemon) -> list[Status]:
-    """The rights of each thread of a daemon."""
+    """Return the rights of each thread of a daemon."""
     tasks = Path(f"/proc/{daemon.process.pid}/task").glob("*/status")
     return [Status.of(path.read_text()) for path in tasks]
 
@@ -269,7 +269,7 @@ def thread_statuses(daemon: Daemon) -> list[Status]:
 def router(
     machines: Network, proxsmtpd: StartDaemon, make_server: MakeServer, tmp_path: Path
 ) -> Iterator[Router]:
-    """A router without a daemon as yet; its clients' connections end with the test."""
+    """Provide a router without a daemon; its clients close at the end of the test."""
     with ExitStack() as at_end:
         yield Router(machines, proxsmtpd, make_server, tmp_path, at_end)
 
@@ -487,7 +487,7 @@ def test_unix_socket_has_no_destination(
 
 
 def reachable_program(place: Path) -> list[str]:
-    """A command line for the program that every user can run."""
+    """Return a command line for the program that every user can run."""
     if os.environ.get("PROXSMTPD"):
         return program_under_test()
     for interpreter in (os.path.realpath(sys.executable), "/usr/bin/python3"):
@@ -498,7 +498,7 @@ def reachable_program(place: Path) -> list[str]:
 
 
 def as_nobody(*options: str) -> list[str]:
-    """The beginning of a command line that runs as an unprivileged user."""
+    """Return the beginning of a command line that runs as an unprivileged user."""
     ids = [f"--reuid={nobody().pw_uid}", f"--regid={nobody().pw_gid}"]
     return ["setpriv", *ids, "--clear-groups", *options]
 
@@ -706,7 +706,7 @@ table inet blackhole {{
 def start_with_names(
     router: Router, place: Path, seconds: int, *dropped: str
 ) -> Daemon:
-    """A daemon whose server has two addresses, some of which never answer."""
+    """Return a daemon whose server has two addresses, some of which never answer."""
     router.machines.router.load(BLACK_HOLE.format(drop="\n".join(dropped)))
     hosts = place / "hosts"
     hosts.write_text(f"{IPV6.server} sink.example\n{IPV4.server} sink.example\n")

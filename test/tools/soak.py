@@ -149,7 +149,7 @@ class Usage(NamedTuple):
 
     @property
     def is_idle(self) -> bool:
-        """Whether no connection is being served."""
+        """Return whether no connection is being served."""
         return self.threads == 1 and not self.children
 
 
@@ -182,7 +182,7 @@ def growth(start: Usage, end: Usage) -> list[str]:
 
 
 def sabotaged(verb: str) -> Handler:
-    """A handler that breaks at this verb if the sender's name says so."""
+    """Return a handler that breaks at this verb if the sender's name says so."""
     usual = REPLIES[verb]
     assert isinstance(usual, bytes)
 
@@ -212,7 +212,7 @@ def make_server(port: int) -> ScriptedServer:
 
 
 def reserve_port() -> socket.socket:
-    """A socket that keeps a port for one that is going to listen there."""
+    """Return a socket that keeps a port for one that is going to listen there."""
     holder = socket.socket()
     holder.bind(("127.0.0.1", 0))
     holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -299,7 +299,7 @@ def start(kind: str, directory: Path, port: int, server_port: int) -> Daemon:
 
 @contextlib.contextmanager
 def running(server_port: int) -> Iterator[list[Daemon]]:
-    """A daemon of each kind, ended on leaving."""
+    """Provide a daemon of each kind, ended on leaving."""
     with contextlib.ExitStack() as at_end:
         directory = Path(at_end.enter_context(tempfile.TemporaryDirectory()))
         daemons = []
@@ -345,7 +345,7 @@ def converse(client: RawClient, sender: str, body: bytes) -> bytes:
 
 
 def send(daemon: Daemon, rng: random.Random, tally: Tally) -> None:
-    """A message that has the fate of one of the cases."""
+    """Send a message that has the fate of one of the cases."""
     weights = [case.weight for case in CASES.values()]
     [(name, case)] = rng.choices(list(CASES.items()), weights)
     with RawClient(daemon.address) as client:
@@ -356,7 +356,7 @@ def send(daemon: Daemon, rng: random.Random, tally: Tally) -> None:
 
 
 def send_at_once(daemon: Daemon, _rng: random.Random, tally: Tally) -> None:
-    """Two messages' commands in one go, to see pipelines drain."""
+    """Send two messages' commands in one go, to see pipelines drain."""
     lines = [b"MAIL FROM:<a@example.com>", b"RCPT TO:<b@example.com>", b"RSET"] * 2
     with RawClient(daemon.address) as client:
         greeting = client.reply()
@@ -388,7 +388,7 @@ def stall(daemon: Daemon, rng: random.Random, tally: Tally) -> None:
 
 
 def babble(daemon: Daemon, rng: random.Random, tally: Tally) -> None:
-    """Octets that mean nothing."""
+    """Send octets that mean nothing."""
     with RawClient(daemon.address) as client:
         greeting = client.reply()
         tally.note(daemon, "nonsense", greeting, b"220")
@@ -435,7 +435,7 @@ def work(
 
 
 def load(daemons: Sequence[Daemon], port: int, seconds: float, tally: Tally) -> None:
-    """Some clients at a time for so many seconds, each daemon with one of each kind."""
+    """Run some clients at a time for so many seconds, one of each kind a daemon."""
     until = time.monotonic() + seconds
     rng = [random.Random(f"{seconds} {number}") for number in range(WORKERS)]
     with make_server(port), ThreadPoolExecutor(WORKERS) as pool:

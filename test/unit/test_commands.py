@@ -24,7 +24,7 @@ Outcome = object  # A line, or the reply that refused one.
 
 
 def refusal(line: bytes) -> Reply | None:
-    """The reply that refuses a line, if it is refused."""
+    """Return the reply that refuses a line, if it is refused."""
     try:
         Command.parse(line)
     except Refusal as error:
@@ -746,7 +746,7 @@ def test_xclient(
 
 
 def xclient_with_helo(name: bytes) -> bytes:
-    """The XCLIENT command for a client that calls itself so."""
+    """Return the XCLIENT command for a client that calls itself so."""
     hello = Command(b"", b"EHLO", name)
     offered = frozenset((b"HELO", b"PORT"))
     return program.xclient_command(offered, CLIENT, LOCAL, hello)

@@ -17,7 +17,7 @@ BY_NAME = {setting.name: setting for setting in SETTINGS}
 
 
 def parsed(octets: bytes) -> Config:
-    """The settings of a file that has OutAddress besides, and must be right."""
+    """Return the settings of a file that has OutAddress besides, and must be right."""
     config, errors = program.parse_config(MINIMAL + octets, PATH)
     assert [str(error) for error in errors] == []
     return config

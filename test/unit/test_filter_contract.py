@@ -27,7 +27,7 @@ REPLY_LINE = 512  # RFC 5321 4.5.3.1.5
 def envelope(
     sender: bytes | None, *recipients: bytes, xforward: bytes = b""
 ) -> Envelope:
-    """An envelope as a session would have gathered it."""
+    """Return an envelope as a session would have gathered it."""
     made = Envelope()
     made.add_xforward(program.parse_xforward(xforward))
     made.sender = sender
@@ -358,7 +358,7 @@ SIZES = (10_000_000, 1, 2, 3, 1000, 4096)  # of the pieces, in octets
 
 
 def last_line_of(octets: bytes, size: int) -> bytes:
-    """The last line of octets that come in pieces of a size."""
+    """Return the last line of octets that come in pieces of a size."""
     last_line = LastLine()
     for start in range(0, len(octets), size):
         last_line.feed(octets[start : start + size])
@@ -660,7 +660,7 @@ def test_unknown_symbols(template: bytes, unknown: list[bytes]) -> None:
 
 @pytest.fixture
 def set_zone(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """The environment, in which TZ counts; afterwards it is as before."""
+    """Provide the environment for setting TZ, which is restored afterwards."""
     with monkeypatch.context() as environment:
         yield environment
     time.tzset()

@@ -38,7 +38,7 @@ class Transformer(Protocol):
 
 
 def cuts(octets: bytes) -> Iterator[list[bytes]]:
-    """The octets whole, one by one, with empty blocks, and in two at every place."""
+    """Return the octets whole, one by one, with empty blocks, and cut everywhere."""
     yield [octets]
     yield [octets[i : i + 1] for i in range(len(octets))]
     yield [b"", octets, b""]
@@ -47,7 +47,7 @@ def cuts(octets: bytes) -> Iterator[list[bytes]]:
 
 
 def transformed(transformer: Transformer, pieces: list[bytes]) -> bytes:
-    """All that comes out when the pieces have gone in."""
+    """Return all that comes out when the pieces have gone in."""
     return b"".join(map(transformer.feed, pieces)) + transformer.finish()
 
 
@@ -486,7 +486,7 @@ def test_no_field(message: bytes) -> None:
 
 
 def written(pieces: list[bytes], field: bytes = b"") -> bytes:
-    """The mail data for a message that comes in these pieces."""
+    """Return the mail data for a message that comes in these pieces."""
     return transformed(MailDataWriter(field), pieces)
 
 
@@ -690,7 +690,7 @@ COSTLY = {
 
 
 def seconds(octets: bytes, size: int, field: bytes) -> float:
-    """The processor time that octets in blocks of a size take, the best of three."""
+    """Measure the processor time for octets in blocks of a size, best of three."""
     blocks = [octets[i : i + size] for i in range(0, len(octets), size)]
     best = float("inf")
     for _ in range(3):

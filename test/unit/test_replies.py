@@ -19,7 +19,7 @@ LIMIT = program.REPLY_LIMIT
 
 
 def replies(buffer: ReplyBuffer, pieces: Sequence[bytes]) -> list[Reply]:
-    """The replies that come out of a buffer as the pieces go in."""
+    """Return the replies that come out of a buffer as the pieces go in."""
     found = []
     for piece in pieces:
         reply = buffer.take(piece)
@@ -256,7 +256,7 @@ KEPT = [
 
 
 def hello(*texts: bytes) -> Reply:
-    """The server's 250 to EHLO, with these texts."""
+    """Return the server's 250 to EHLO, with these texts."""
     return Reply.of(
         *(b"250-" + text for text in texts[:-1]),
         b"250 " + texts[-1],
