@@ -15,14 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from helpers import Daemon, StartDaemon
+from helpers import MESSAGE, QUEUED, Daemon, StartDaemon
 
 PIDFD_GETFD = 438  # the number of pidfd_getfd(2), in all of Linux but Alpha's
 # Offsets in struct tcp_info, from linux/tcp.h.
 TOTAL_RETRANS, DATA_SEGS_OUT = 100, 156
 
-MESSAGE = b"Subject: test\r\n\r\nHello\r\n"
-QUEUED = b"250 2.0.0 Ok: queued\r\n"
 MESSAGES = 5
 
 
