@@ -906,6 +906,8 @@ def test_daemon_ends_before_header(
     daemon = proxsmtpd({"ProxyProtocol": "on"})
     client = connect(daemon)
     client.send(b"PROXY ")
+    threads = Path(f"/proc/{daemon.process.pid}/task")
+    assert poll(lambda: len(list(threads.iterdir())) > 1), "has not been accepted"
     daemon.process.send_signal(signal.SIGTERM)
     assert client.line() == SHUTTING_DOWN + b"\r\n"
     client.close()

@@ -294,7 +294,10 @@ def footprint(pid: int) -> dict[str, list[str]]:
     process = Path(f"/proc/{pid}")
     return {
         "threads": sorted(os.listdir(process / "task")),
-        "descriptors": sorted(open_files(pid).values()),
+        # Files of /proc are open for a moment only, now and then.
+        "descriptors": sorted(
+            name for name in open_files(pid).values() if not name.startswith("/proc/")
+        ),
         "children": [child for child in os.listdir("/proc") if parent(child) == pid],
     }
 
