@@ -44,7 +44,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture
 def make_server() -> Iterator[MakeServer]:
-    """A factory of scripted servers that end with the test."""
+    """Provide a factory of scripted servers that end with the test."""
     servers: list[ScriptedServer] = []
 
     def make(*args: Any, **kwargs: Any) -> ScriptedServer:
@@ -58,13 +58,13 @@ def make_server() -> Iterator[MakeServer]:
 
 @pytest.fixture
 def server(make_server: MakeServer) -> ScriptedServer:
-    """A scripted server that accepts everything."""
+    """Provide a scripted server that accepts everything."""
     return make_server()
 
 
 @pytest.fixture
 def filter_script(tmp_path: Path) -> MakeFilter:
-    """A factory of executable filters: text of a script in, its path out."""
+    """Provide a factory of executable filters: text of a script in, its path out."""
 
     def make(text: str) -> str:
         path = tmp_path / f"filter-{uuid.uuid4().hex[:8]}"
@@ -79,7 +79,7 @@ def filter_script(tmp_path: Path) -> MakeFilter:
 def proxsmtpd(
     request: pytest.FixtureRequest, tmp_path: Path, server: ScriptedServer
 ) -> Iterator[StartDaemon]:
-    """A factory of running daemons; see `DaemonFactory` and `Daemon`.
+    """Provide a factory of running daemons; see `DaemonFactory` and `Daemon`.
 
     A configuration without Listen, OutAddress or TempDirectory gets a free port,
     the scripted server and an empty directory.  At the end of the test each daemon
@@ -94,7 +94,7 @@ def proxsmtpd(
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """A directory that every user can get at (pytest's own are its user's)."""
+    """Provide a directory that every user can get at (pytest's own are its user's)."""
     path = Path(tempfile.mkdtemp(prefix="proxsmtpd-test-"))
     path.chmod(0o755)
     (path / "temp").mkdir()
@@ -105,7 +105,7 @@ def place() -> Iterator[Path]:
 
 @pytest.fixture
 def detach(place: Path, server: ScriptedServer) -> Iterator[Detach]:
-    """A factory of daemons: settings in, and what runs afterwards out."""
+    """Provide a factory of daemons: settings in, and what runs afterwards out."""
     factory = DetachedFactory(place, server)
     yield factory
     factory.finish()

@@ -62,7 +62,7 @@ needs_haproxy = requires("haproxy", HAPROXY)
 
 SEED = "haproxy"
 WORKERS = 8
-SESSION = 4  # messages that a client sends at most before it connects anew
+SESSION = 4  # messages that a client sends at most before it connects again
 SIZES = (80, 3_000, 60_000)
 STRETCH = 60  # messages accepted between one event and the next
 PATIENCE = 60.0
@@ -72,7 +72,7 @@ SHUTTING_DOWN = b"421 Service shutting down"
 
 
 def mark_of(name: str) -> bytes:
-    """The line that this proxsmtpd's filter puts at the end of each message."""
+    """Return the line that this proxsmtpd's filter puts at the end of each message."""
     return b"filtered by %s\r\n" % name.encode()
 
 
@@ -94,7 +94,7 @@ class PutInFront(Protocol):
 
 @pytest.fixture
 def put_in_front(tmp_path: Path) -> Iterator[PutInFront]:
-    """A HAProxy that ends with the test."""
+    """Provide a HAProxy that ends with the test."""
     with ExitStack() as stack:
 
         def put(
@@ -115,7 +115,7 @@ def put_in_front(tmp_path: Path) -> Iterator[PutInFront]:
 
 
 class Store:
-    """What the server has stored, which it does before it says so."""
+    """Stores the server's messages, each before it is acknowledged."""
 
     def __init__(self) -> None:
         self.data: list[bytes] = []
@@ -204,7 +204,7 @@ class Pair:
 
 @dataclass
 class Attempt:
-    """One try at one message, and what its client knows of it."""
+    """One try at one message, with the reply that the client got."""
 
     number: int
     key: bytes
@@ -371,7 +371,7 @@ class Ledger:
 
 
 def has_connection(port: int) -> bool:
-    """Whether a connection to this local port is open in both directions."""
+    """Return whether a connection to this local port is open in both directions."""
     table = Path("/proc/net/tcp").read_text()
     return bool(re.search(rf"^ *\d+: [0-9A-F]+:{port:04X} [0-9A-F:]+ 01 ", table, re.M))
 
@@ -430,7 +430,7 @@ def test_one_is_not_there(proxsmtpd: StartDaemon, put_in_front: PutInFront) -> N
 def test_more_clients_than_places(
     proxsmtpd: StartDaemon, put_in_front: PutInFront
 ) -> None:
-    """With HAProxy's maxconn below MaxConnections, clients wait and get no 421."""
+    """A HAProxy with maxconn below MaxConnections makes clients wait: no 421."""
     daemon = proxsmtpd({"MaxConnections": 4})
     haproxy = put_in_front({"a": f"{daemon.address} no-check"}, maxconn="2")
     with ExitStack() as stack:
@@ -499,7 +499,7 @@ def ends_of(client: RawClient) -> Ends:
 
 
 def start_proxied(start: StartDaemon, **settings: object) -> Daemon:
-    """A proxsmtpd that expects the header and tells everybody about the client."""
+    """Start a proxsmtpd that expects the header and passes the client's address on."""
     common = {"ProxyProtocol": "on", "XClient": "on", "FilterCommand": TELL_CLIENT}
     return start({**common, "Header": "X-Ends: %i %l", **settings})
 
@@ -589,18 +589,18 @@ def v1(line: bytes) -> bytes:
 
 
 def v1_ends(family: str, ends: Ends) -> bytes:
-    """A header of version 1 that names these ends."""
+    """Return a header of version 1 that names these ends."""
     client, client_port, local, local_port = ends
     return v1(f"{family} {client} {local} {client_port} {local_port}".encode())
 
 
 def v2(kind: int, rest: bytes = b"", command: int = PROXY) -> bytes:
-    """A header of version 2."""
+    """Return a header of version 2."""
     return SIGNATURE + struct.pack("!BBH", command, kind, len(rest)) + rest
 
 
 def block(ends: Ends) -> bytes:
-    """The addresses and ports in a header of version 2."""
+    """Return the addresses and ports in a header of version 2."""
     family = socket.AF_INET6 if ":" in ends.client else socket.AF_INET
     hosts = [socket.inet_pton(family, host) for host in (ends.client, ends.local)]
     return b"".join(hosts) + struct.pack("!HH", ends.client_port, ends.local_port)
@@ -626,14 +626,14 @@ def test_checksum() -> None:
 
 
 def checked(kind: int, before: bytes, after: bytes = b"", change: int = 0) -> bytes:
-    """A header of version 2 with its checksum, to which `change` is done."""
+    """Return a header of version 2 with its checksum, to which `change` is done."""
     blank = v2(kind, before + tlv(CRC32C, bytes(4)) + after)
     value = checksum(blank) ^ change
     return v2(kind, before + tlv(CRC32C, struct.pack("!I", value)) + after)
 
 
 def filled(size: int) -> bytes:
-    """A header of version 2 of so many octets."""
+    """Return a header of version 2 of so many octets."""
     return v2(TCP4, block(FOUR) + tlv(NOOP, bytes(size - 16 - 12 - 3)))
 
 
@@ -795,7 +795,7 @@ def check_closed(
 def test_good_header(
     name: str, make_server: MakeServer, proxsmtpd: StartDaemon
 ) -> None:
-    """What it names counts, or else the connection itself; SMTP begins behind it."""
+    """The header's addresses count, else the connection's; SMTP begins after it."""
     header, ends = GOOD[name]
     server = make_server(extensions=[PROXY_XCLIENT])
     daemon = start_proxied(proxsmtpd, OutAddress=server.address)
@@ -824,7 +824,7 @@ def test_header_in_pieces(
 def test_header_and_commands_at_once(
     name: str, make_server: MakeServer, proxsmtpd: StartDaemon
 ) -> None:
-    """What comes in the same segment is SMTP, and nothing of it is lost."""
+    """The octets after the header in the same segment are SMTP; none is lost."""
     header, ends = GOOD[name]
     server = make_server(extensions=[PROXY_XCLIENT])
     daemon = start_proxied(proxsmtpd, OutAddress=server.address)
@@ -842,7 +842,7 @@ def test_header_and_commands_at_once(
 def test_unix_socket_with_header(
     make_server: MakeServer, proxsmtpd: StartDaemon, tmp_path: Path
 ) -> None:
-    """Who connects through a socket in the file system can have an address, too."""
+    """A client of a socket in the file system can have an address, too."""
     server = make_server(extensions=[PROXY_XCLIENT])
     listen = tmp_path / "sock"
     daemon = start_proxied(proxsmtpd, Listen=listen, OutAddress=server.address)
@@ -865,7 +865,7 @@ def for_bad_headers(
 
 @of_each(BAD)
 def test_bad_header(name: str, for_bad_headers: tuple[Daemon, ScriptedServer]) -> None:
-    """Whatever cannot become a header ends the connection at once."""
+    """Anything that cannot become a header ends the connection at once."""
     daemon, server = for_bad_headers
     daemon.forget_log()
     served = len(server.connections)
@@ -918,10 +918,12 @@ def test_connection_ends_before_header(
 def test_daemon_ends_before_header(
     server: ScriptedServer, proxsmtpd: StartDaemon
 ) -> None:
-    """Who has not sent a header yet does not hold up the end."""
+    """A client that has not sent a header yet does not hold up the end."""
     daemon = proxsmtpd({"ProxyProtocol": "on"})
     client = connect(daemon)
     client.send(b"PROXY ")
+    threads = Path(f"/proc/{daemon.process.pid}/task")
+    assert poll(lambda: len(list(threads.iterdir())) > 1), "has not been accepted"
     daemon.process.send_signal(signal.SIGTERM)
     assert client.line() == SHUTTING_DOWN + b"\r\n"
     client.close()

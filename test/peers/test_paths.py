@@ -111,7 +111,7 @@ def send_all(address: str, way: str) -> list[str]:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can start servers")
-def test_envelope_is_what_the_filter_is_told(
+def test_filter_gets_the_envelope(
     real: Server, proxsmtpd: StartDaemon, filter_script: MakeFilter
 ) -> None:
     """Every spelling arrives through us, and as what the server alone takes it for."""
@@ -142,7 +142,7 @@ exit 1
 def test_no_spelling_evades_the_filter(
     proxsmtpd: StartDaemon, server: ScriptedServer, filter_script: MakeFilter
 ) -> None:
-    """What a server takes for the address, the filter does too, or it is refused."""
+    """The filter gets the address that the server takes, or the address is refused."""
     client = proxsmtpd({"FilterCommand": filter_script(DROP)}).connect()
     client.reply()
     client.expect(b"EHLO client.example", b"250")

@@ -79,7 +79,7 @@ def deliver(client: RawClient, data: bytes) -> bytes:
 
 
 def begin(address: str) -> RawClient:
-    """Give a client that has said EHLO."""
+    """Return a client that has sent EHLO."""
     client = RawClient(address)
     assert client.reply().startswith(b"220")
     client.expect(b"EHLO client.example", b"250")
@@ -134,7 +134,7 @@ def test_verdict(
     reply: bytes,
     arrived: Sequence[bytes],
 ) -> None:
-    """What the filter decides of one message happens to it, and not to the next."""
+    """A verdict holds for its own message, and not for the next one."""
     command = filter_script(f'grep -q cheap "$EMAIL" || exit 0\n{verdict}\n')
     daemon = proxsmtpd(
         {"OutAddress": peer.address, "FilterCommand": command, "FilterType": "file"}
@@ -181,7 +181,7 @@ def test_message_too_large(
 def test_some_recipients_are_refused(
     peer: Peer, proxsmtpd: StartDaemon, filter_script: MakeFilter
 ) -> None:
-    """Of an envelope sent in one go, the accepted recipients get the message."""
+    """The accepted recipients of a pipelined envelope get the message."""
     tell = """printf 'X-Recipients: %s\\r\\n' "$(echo $RECIPIENTS)"; exec cat"""
     daemon = proxsmtpd(
         {"OutAddress": peer.address, "FilterCommand": filter_script(tell)}
@@ -258,7 +258,7 @@ def extensions(address: str) -> set[bytes]:
 def test_extensions(
     peer: Peer, proxsmtpd: StartDaemon, removed: set[bytes], passed: set[bytes]
 ) -> None:
-    """What would get mail past the filter is not offered, all else is."""
+    """Extensions that would get mail past the filter are hidden, the others not."""
     daemon = proxsmtpd({"OutAddress": peer.address, "FilterCommand": "cat"})
     direct, through = extensions(peer.address), extensions(daemon.address)
     assert removed | passed <= direct
@@ -571,7 +571,7 @@ def test_client_sends(
         ),
     ],
 )
-def test_client_hears_refusal(
+def test_client_gets_the_refusal(
     client: Client,
     tmp_path: Path,
     make_server: MakeServer,

@@ -124,7 +124,7 @@ def after_queue(entrance: int, filter_port: int, reentry: int) -> PrivatePostfix
 
 @pytest.fixture(scope="module")
 def postfix_loop() -> Iterator[Loop]:
-    """One Postfix for all tests here: its start takes longer than any of them."""
+    """Provide one Postfix for all tests here, since it takes long to start."""
     require_root()
     with ExitStack() as stack:
         ports = [port_of(stack.enter_context(reserve_port())) for _ in range(3)]
@@ -281,7 +281,7 @@ def test_header_where_postfix_has_the_section(
 
 
 def test_filter_that_adds_crs(loop: Loop, proxsmtpd: StartDaemon) -> None:
-    """Where a message has CRLF already, it ends up with CR CR LF."""
+    """A message that has CRLF already ends up with CR CR LF."""
     proxsmtpd(loop.settings(r"sed 's/$/\r/'"))
     data = b"Subject: a\r\nX-A: b\r\n\r\nReply-To: c\r\n\r\nd\r\n"
     loop.send(data)

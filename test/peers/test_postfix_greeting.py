@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from helpers import MakeServer, StartDaemon, port_of, requires, reserve_port
+from helpers import MESSAGE, MakeServer, StartDaemon, port_of, requires, reserve_port
 from postfix import POSTFIX, PrivatePostfix, Service, require_root, smtp, smtpd
 from smtp import RawClient
 
@@ -19,14 +19,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 POSTSCREEN = "/usr/lib/postfix/sbin/postscreen"
-MESSAGE = b"Subject: hello\r\n\r\nhello\r\n"
 
 pytestmark = requires("postfix", POSTFIX)
 
 
 @pytest.fixture
 def at_end() -> Iterator[ExitStack]:
-    """What closes all that a test opens."""
+    """Provide a stack that closes all that a test opens."""
     require_root()
     with ExitStack() as stack:
         yield stack

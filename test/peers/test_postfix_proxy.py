@@ -130,7 +130,7 @@ def before_queue(
 
 @pytest.fixture(scope="module")
 def postfix_chain() -> Iterator[Chain]:
-    """One Postfix for all tests here: its start takes longer than any of them."""
+    """Provide one Postfix for all tests here, since it takes long to start."""
     require_root()
     with ExitStack() as stack:
 
@@ -192,7 +192,7 @@ VERDICTS = {
 
 @both_ways
 @pytest.mark.parametrize("case", VERDICTS.values(), ids=VERDICTS)
-def test_client_hears_the_verdict(
+def test_client_gets_the_verdict(
     chain: Chain,
     proxsmtpd: StartDaemon,
     filter_script: MakeFilter,
@@ -342,7 +342,7 @@ def test_filter_timeout_is_before_the_proxy_timeout(
 def test_proxy_timeout_before_the_filter_is_done(
     chain: Chain, proxsmtpd: StartDaemon, filter_script: MakeFilter, tmp_path: Path
 ) -> None:
-    """The client is to try again, so nothing is delivered, late as the filter is."""
+    """The client has to try again, so nothing is delivered when the filter is done."""
     ready = tmp_path / "ready"
     command = filter_script(f"until test -e {ready}; do sleep 0.05; done; exec cat")
     daemon = proxsmtpd(chain.settings(command))
@@ -388,7 +388,7 @@ def without_server(chain: Chain, start: StartDaemon) -> str:
 def test_proxsmtpd_cannot_be_used(
     chain: Chain, proxsmtpd: StartDaemon, entrance: str, obstacle: Obstacle
 ) -> None:
-    """The client is to try again, and Postfix logs our reply."""
+    """The client has to try again, and Postfix logs our reply."""
     warning = obstacle(chain, proxsmtpd).format(chain.filter_port)
     with chain.client(entrance) as client:
         assert verdict(client) == NO_FILTER
@@ -405,7 +405,7 @@ Abandon = Callable[[RawClient], None]
 
 
 def hang_up(client: RawClient) -> None:
-    """The client goes half way through its message."""
+    """Leave half way through the message."""
     client.send(b"Subject: long\r\n\r\n" + b"hello\r\n" * 30000)
     client.close()
 

@@ -26,7 +26,7 @@ pytestmark = requires("postfix", POSTFIX)
 
 TRUST = {
     "smtpd_authorized_xclient_hosts": "127.0.0.0/8",
-    # So that mail only goes on when HELO was said anew after XCLIENT.
+    # So that mail only goes on when HELO was sent again after XCLIENT.
     "smtpd_helo_required": "yes",
 }
 # What an access table says of clients, which is how their refusal begins and ends.
@@ -74,7 +74,7 @@ class Servers:
 
 @pytest.fixture(scope="module")
 def postfix_servers() -> Iterator[Servers]:
-    """One Postfix for all tests here: its start takes longer than any of them."""
+    """Provide one Postfix for all tests here, since it takes long to start."""
     require_root()
     with ExitStack() as stack:
         ports = {name: port_of(stack.enter_context(reserve_port())) for name in SMTPDS}
@@ -125,7 +125,7 @@ def send(client: RawClient, data: bytes = MESSAGE) -> None:
 
 
 class Attributes(NamedTuple):
-    """Who says what, and what Postfix makes of it."""
+    """A client's attributes, and the ones that Postfix then has."""
 
     hello: bytes
     source: str
@@ -157,7 +157,7 @@ ATTRIBUTES = {
 
 
 @pytest.mark.parametrize("case", ATTRIBUTES.values(), ids=ATTRIBUTES)
-def test_server_hears_of_the_client(
+def test_server_gets_the_clients_attributes(
     servers: Servers, proxsmtpd: StartDaemon, case: Attributes
 ) -> None:
     daemon = proxsmtpd(servers.settings("trusting"), level=1)
@@ -337,7 +337,7 @@ def test_restriction_of_an_ipv6_client(
 def test_restriction_at_xclient(
     servers: Servers, proxsmtpd: StartDaemon, source: str, first: bytes
 ) -> None:
-    """With smtpd_delay_reject=no the answer to XCLIENT itself is the refusal.
+    """The answer to XCLIENT itself is the refusal with smtpd_delay_reject=no.
 
     But for 550, which SPEC has as a word about us (127.0.0.68): mail goes nowhere then.
     """
@@ -364,7 +364,7 @@ def test_refusal_lasts(servers: Servers, proxsmtpd: StartDaemon, source: str) ->
     client.expect(MAIL, kind)
 
 
-# --- Pipelining, while XCLIENT makes the server begin anew ---
+# --- Pipelining, while XCLIENT makes the server start again ---
 
 
 def codes(client: RawClient, count: int) -> list[bytes]:

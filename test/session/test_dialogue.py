@@ -89,7 +89,7 @@ ENDINGS: dict[str, Callable[[bytes], Action]] = {
 
 
 def octets(text: str) -> bytes:
-    """The octets that a transcript's text stands for."""
+    """Return the octets that a transcript's text stands for."""
     plain = {b"r": b"\r", b"n": b"\n", b"t": b"\t", b"\\": b"\\"}
 
     def octet(found: re.Match[bytes]) -> bytes:
@@ -100,7 +100,7 @@ def octets(text: str) -> bytes:
 
 
 def scripted(text: str) -> Action:
-    """The server's action that a transcript's `line | line | close!` stands for."""
+    """Return the server's action for a transcript's `line | line | close!`."""
     *lines, last = text.split(" | ")
     ending = ENDINGS.get(last)
     if not ending:
@@ -239,7 +239,7 @@ class Runner:
             self.optional.remove(received)
 
     def next_line(self, connection: Recorded) -> bytes:
-        """The next line that the server receives."""
+        """Return the next line that the server receives."""
         self.server.wait_for(lambda: len(connection.lines) > self.claimed)
         self.claimed += 1
         return connection.lines[self.claimed - 1]
@@ -352,7 +352,7 @@ def test_replies_are_not_held_back_for_a_slow_server(
 
 
 @pytest.mark.parametrize("settings", [{}, {"FilterCommand": "cat"}], ids=["", "cat"])
-def test_acceptance_is_told_before_the_next_command(
+def test_acceptance_is_sent_before_the_next_command(
     settings: dict[str, object], make_server: MakeServer, proxsmtpd: StartDaemon
 ) -> None:
     """A client that gave up meanwhile would send the message again."""
@@ -484,7 +484,7 @@ def test_errors_in_a_row(line: bytes, code: bytes, proxsmtpd: StartDaemon) -> No
 
 
 def test_errors_in_a_session(proxsmtpd: StartDaemon) -> None:
-    """What a client may send in one write is answered, as far as that goes."""
+    """Pipelined commands are answered until there are too many errors."""
     client = proxsmtpd().connect()
     client.send(b"NOOP\r\nSTARTTLS\r\n" * 1000)
     client.reply()
@@ -701,7 +701,7 @@ ALL_ATTRIBUTES = b"XCLIENT NAME ADDR PORT PROTO HELO LOGIN DESTADDR DESTPORT"
 
 
 def xclient_attributes(connection: Recorded) -> dict[bytes, bytes]:
-    """The attributes of the one XCLIENT command that the server received."""
+    """Return the attributes of the one XCLIENT command that the server received."""
     (line,) = [x for x in connection.lines if x.startswith(b"XCLIENT ")]
     words = line.split(b" ")[1:]
     pairs = [word.partition(b"=")[::2] for word in words]
@@ -777,7 +777,7 @@ def test_xclient_unix_socket(
 def test_xclient_waits_for_the_answer(
     make_server: MakeServer, proxsmtpd: StartDaemon
 ) -> None:
-    """Postfix ends a session that pipelines behind XCLIENT."""
+    """Postfix ends a session that pipelines commands after XCLIENT."""
     early: list[bytes] = []
 
     def answer(connection: Recorded, line: bytes) -> Action:

@@ -1,4 +1,4 @@
-"""Ours against the C original: the same, but for what is meant to differ.
+"""Ours against the C original: the same, except what is meant to differ.
 
 Both programs have the same `DIALOGUES`.  The table in differences.txt lists whatever
 may come out differently, under the sentence of the specification that is the reason.

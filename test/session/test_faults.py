@@ -1,4 +1,4 @@
-"""Whatever breaks: what everybody receives, what works next, what is left.
+"""Faults of client, server, filter and system: replies, recovery, what is left.
 
 `support/fault_table.py` is the table.  Each of its cases is one mail transaction
 through a real process, run together with others that need the same settings.
@@ -32,6 +32,7 @@ from fault_table import Case
 from helpers import (
     MARKER,
     MEGABYTE,
+    NETWORK,
     PATIENCE,
     StartDaemon,
     as_root,
@@ -173,7 +174,7 @@ class Barrier:
         os.write(self._ends[1], b"go\n")
 
     def close(self) -> None:
-        """Let go who has been left behind, too."""
+        """Release everybody who still waits."""
         self._is_open.set()
         for end in self._ends:
             os.close(end)
@@ -206,9 +207,7 @@ class Scenario:
             **options,
         )
         self.pid = self.daemon.process.pid
-        # Of this process alone: another run of these tests takes ports, too.
-        network = f"127.{os.getpid() % 250 + 1}"
-        self._hosts = (f"{network}.{n // 250}.{n % 250 + 1}" for n in itertools.count())
+        self._hosts = (f"{NETWORK}.{n // 250}.{n % 250 + 1}" for n in itertools.count())
         self._before = footprint(self.pid)
 
     def close(self) -> None:
@@ -216,7 +215,7 @@ class Scenario:
         self._holder.close()
 
     def next_host(self) -> str:
-        """A loopback address that no case has had."""
+        """Return a loopback address that no case has had."""
         return next(self._hosts)
 
     def run(self, case: Case) -> str:
@@ -275,7 +274,7 @@ class Scenario:
         assert footprint(self.pid) == self._before
 
     def processes_of(self, host: str) -> list[str]:
-        """The names of the processes of this address' filters that still live."""
+        """Return the names of the processes of this address' filters that live."""
         wanted = {f"{MARKER}={self.daemon.mark}".encode(), f"CLIENT={host}".encode()}
         found = []
         for process in Path("/proc").glob("[0-9]*"):
@@ -292,17 +291,20 @@ def virtual_memory(pid: int) -> int:
 
 
 def footprint(pid: int) -> dict[str, list[str]]:
-    """The threads, descriptors and children, zombies too, of a process."""
+    """Return the threads, descriptors and children, zombies too, of a process."""
     process = Path(f"/proc/{pid}")
     return {
         "threads": sorted(os.listdir(process / "task")),
-        "descriptors": sorted(open_files(pid).values()),
+        # Files of /proc are open for a moment only, now and then.
+        "descriptors": sorted(
+            name for name in open_files(pid).values() if not name.startswith("/proc/")
+        ),
         "children": [child for child in os.listdir("/proc") if parent(child) == pid],
     }
 
 
 def parent(process: str) -> int:
-    """The parent of a process; 0 if this is none."""
+    """Return the parent of a process; 0 if this is none."""
     try:
         text = Path("/proc", process, "stat").read_text()
     except OSError:
@@ -366,7 +368,7 @@ class Trial:
     # The client
 
     def connect(self) -> RawClient:
-        """A client with the case's address."""
+        """Return a client with the case's address."""
         daemon = self.scenario.daemon.address
         client = RawClient(daemon, PATIENCE, (self.host, 0))
         self._closing.callback(client.close)
@@ -413,7 +415,7 @@ class Trial:
             assert not select.select([client.sock], [], [], 0)[0], "answered too early"
 
     def await_keep_alive(self) -> None:
-        """Where proxsmtpd's NOOP is the moment, wait for it, and go on."""
+        """Wait for proxsmtpd's NOOP where that is the moment, and go on."""
         if self.case.what == "pauses":
             time.sleep(1.2)  # The span in which it must not come.
         elif self.case.party == "server" and self.case.when in ("NOOP", "filter-NOOP"):
@@ -438,7 +440,7 @@ class Trial:
 
     @property
     def is_seen(self) -> bool:
-        """Whether anybody but proxsmtpd notices that the moment has come."""
+        """Return whether anybody but proxsmtpd notices that the moment has come."""
         unseen = {"line", "body", "HELP"}
         if self.scenario.way != "stream":
             unseen.add("DATA")
@@ -477,7 +479,7 @@ class Trial:
             self.server.script.update(self.faulty_script())
 
     def good_server(self) -> ScriptedServer:
-        """A server that accepts everything."""
+        """Return a server that accepts everything."""
         xclient = (b"XCLIENT ADDR",)
         offers = xclient if self.case.when in ("XCLIENT", "EHLO2") else ()
         server = ScriptedServer(
@@ -487,7 +489,7 @@ class Trial:
         return server
 
     def mend_server(self) -> ScriptedServer:
-        """The server without its fault."""
+        """Return the server without its fault."""
         if self.server is None:
             if self.case.what == "stalls":
                 self._blocked.close()
@@ -496,7 +498,7 @@ class Trial:
         return self.server
 
     def faulty_script(self) -> Iterator[tuple[str, Reply]]:
-        """What the server does otherwise than usual, and at which step."""
+        """Return the steps at which the server is at fault, and its actions there."""
         when, what = self.case.when, self.case.what
         step = SERVER_STEP.get(when, when)
         if self.is_clients and self.is_seen and step in self._usual:
@@ -515,7 +517,7 @@ class Trial:
             yield "DATA", ACTIONS["5xx"]
 
     def held(self, usual: Action) -> Reply:
-        """The usual reply, but only when the client has done its worst."""
+        """Return the usual reply, but only when the client has done its worst."""
 
         def answer(_connection: Recorded, _line: bytes) -> Optional[Action]:
             self.barrier.pass_through()
@@ -570,7 +572,7 @@ class Trial:
 
 
 def next_reply(client: RawClient) -> str:
-    """The client's next reply as text; empty if the connection has ended."""
+    """Return the client's next reply as text; empty if the connection has ended."""
     if client.at_end():
         return ""
     reply = client.reply()
@@ -578,7 +580,7 @@ def next_reply(client: RawClient) -> str:
 
 
 def blocked_port(where: tuple[str, int]) -> Iterator[socket.socket]:
-    """Sockets that make whoever connects there wait for ever."""
+    """Open sockets by which no connection to this address is ever accepted."""
     yield (listener := socket.create_server(where, backlog=0))
     yield socket.create_connection(listener.getsockname())
 
@@ -633,7 +635,7 @@ def test_table_is_complete(
 
 
 def idle_user() -> str:
-    """A user without processes, whom the system's limits hold for."""
+    """Return a user without processes, whom the system's limits hold for."""
     busy = set()
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(FileNotFoundError):  # It has ended meanwhile.
@@ -645,7 +647,7 @@ def idle_user() -> str:
 
 @contextlib.contextmanager
 def small_file_system(where: Path, size: str) -> Iterator[None]:
-    """A small file system there; when it ends, nothing of it may be in use."""
+    """Mount a small file system; nothing of it may be in use at the end."""
     options = f"mode=1777,size={size}"
     command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(where)]
     if subprocess.run(command, check=False).returncode:
@@ -658,7 +660,7 @@ def small_file_system(where: Path, size: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def missing(directory: Path, _pid: int) -> Iterator[None]:
-    """It is not there."""
+    """Rename the directory, so that it is not there."""
     away = directory.rename(directory.with_name("away"))
     try:
         yield
@@ -668,7 +670,7 @@ def missing(directory: Path, _pid: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def read_only(directory: Path, _pid: int) -> Iterator[None]:
-    """The daemon's user may not write there."""
+    """Take away the right of the daemon's user to write there."""
     mode = directory.stat().st_mode
     directory.chmod(0o555)
     try:
@@ -679,7 +681,7 @@ def read_only(directory: Path, _pid: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def full(directory: Path, _pid: int) -> Iterator[None]:
-    """Its file system has no block left."""
+    """Give it a file system without a free block."""
     with small_file_system(directory, "64k"):
         with contextlib.suppress(OSError):
             (directory / FILLING).write_bytes(bytes(MEGABYTE))
@@ -688,19 +690,19 @@ def full(directory: Path, _pid: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def small(directory: Path, _pid: int) -> Iterator[None]:
-    """Its file system is smaller than a long message."""
+    """Give it a file system that is smaller than a long message."""
     with small_file_system(directory, "2m"):
         yield
 
 
 def limited(_directory: Path, pid: int) -> Condition:
-    """The process may not write more into one file."""
+    """Forbid the process to write more into one file."""
     return limit(pid, resource.RLIMIT_FSIZE, MEGABYTE * 3 // 2)
 
 
 @contextlib.contextmanager
 def limit(pid: int, kind: int, number: int) -> Iterator[None]:
-    """A process that runs has another limit."""
+    """Give a process that runs another limit."""
     soft, hard = resource.prlimit(pid, kind)
     resource.prlimit(pid, kind, (number, hard))
     try:
@@ -755,7 +757,7 @@ def test_no_descriptors(way: str, proxsmtpd: StartDaemon, place: Path) -> None:
 
 
 def below_which_are(free: int, pid: int) -> int:
-    """The number below which a process has so many descriptors left."""
+    """Return the number below which a process has so many descriptors left."""
     used = {int(number) for number in os.listdir(f"/proc/{pid}/fd")}
     unused = (number for number in itertools.count() if number not in used)
     return next(itertools.islice(unused, free, None))
@@ -795,7 +797,7 @@ def test_no_processes(way: str, proxsmtpd: StartDaemon, place: Path) -> None:
 
 @pytest.mark.parametrize("way", ["pipe", "file", "stream"])
 def test_no_memory(way: str, proxsmtpd: StartDaemon, place: Path) -> None:
-    """Whatever cannot be had any more, only that session ends."""
+    """A session that gets no memory ends, and no other one."""
     settings = {**PATIENT, "MaxConnections": 4}
     with contextlib.closing(Scenario(proxsmtpd, way, place, settings)) as scenario:
         for left in fault_table.MEMORY_LEFT:

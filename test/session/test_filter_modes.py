@@ -85,7 +85,7 @@ NO_FAILURES = {
 
 
 def with_field(message: bytes) -> bytes:
-    """As the server gets it: with the Header setting's field, else as it was."""
+    """Return a message as the server gets it, with the Header setting's field."""
     head, _, body = message.partition(b"\r\n\r\n")
     return stuffed(head + b"\r\n" + FIELD + b"\r\n" + body)
 
@@ -108,14 +108,14 @@ def send_messages(daemon: Daemon, *messages: bytes) -> list[bytes]:
 
 
 def statuses(daemon: Daemon, count: int) -> list[str]:
-    """What the log says has become of so many messages."""
+    """Return the statuses of so many messages from the log."""
     line = r"client=127\.0\.0\.1, from=a@example\.com, to=b@example\.com, status=(.*)$"
     daemon.wait_log(rf"(?s:(?:.*?status=){{{count}}})")
     return re.findall(line, daemon.log(), re.M)
 
 
 def errors(daemon: Daemon, pattern: str) -> list[str]:
-    """The log lines of sessions, or their parts, that are just so."""
+    """Return the log lines of sessions, or their parts, that are just so."""
     return re.findall(rf"^proxsmtpd: [0-9A-F]{{6}}: {pattern}$", daemon.log(), re.M)
 
 
@@ -231,7 +231,7 @@ def test_passed_failure(
 def test_not_passed(
     kind: str, name: str, proxsmtpd: StartDaemon, server: ScriptedServer
 ) -> None:
-    """What the filter refuses is refused, and who ends it gets no mail past it."""
+    """A refusal is a refusal, and ending the filter gets no mail past it."""
     reply, case = NO_FAILURES[name]
     daemon = proxsmtpd({**settings_of(kind, case.command(kind)), **PASS})
     assert send_messages(daemon, SHORT, LONG) == [reply, reply]
@@ -249,7 +249,7 @@ def test_filter_has_ended_when_its_message_goes_on(
     make_server: MakeServer,
     tmp_path: Path,
 ) -> None:
-    """Also one that holds out against SIGTERM: the next could do as much."""
+    """A filter that ignores SIGTERM is killed first."""
     shell, child = tmp_path / "shell", tmp_path / "child"
     alive_at_data = []
 
@@ -330,7 +330,7 @@ def test_coded_verdict(
 
 
 def filter_and_idle_client(daemon: Daemon, ready: Path) -> tuple[RawClient, RawClient]:
-    """A client whose message is in the filter, and another who does nothing."""
+    """Return a client whose message is in the filter, and another who does nothing."""
     idle = daemon.connect()
     idle.start()
     client = daemon.connect(timeout=30)
@@ -423,7 +423,7 @@ def test_message_that_cannot_be_kept(
 ) -> None:
     """It is deferred, unless it can go on from memory and the filter is only tried.
 
-    The commands that are pipelined behind it are answered.
+    The commands that are pipelined after it are answered.
     """
     goes_on = kind == "file" and settings == OBSERVE
     command, message = ("cat", LONG) if kind == "pipe" else (":", SHORT)
@@ -465,7 +465,7 @@ def test_message_outgrows_memory_where_it_cannot_be_kept(
 
 
 @pytest.mark.parametrize("settings", [{}, PASS, OBSERVE], ids=["", "pass", "observe"])
-def test_commands_behind_a_last_block_that_cannot_be_kept(
+def test_commands_after_a_last_block_that_cannot_be_kept(
     settings: dict[str, str], proxsmtpd: StartDaemon, server: ScriptedServer
 ) -> None:
     """Memory is full with the block that has the message's end, and they are in it."""

@@ -85,7 +85,7 @@ EXTENSIONS = (
 )
 FILTER_AHEAD = b"354 Start mail input; end with <CRLF>.<CRLF>\r\n"
 
-# The digest is over all but line ends and blanks: proxsmtpd mends those behind the
+# The digest is over all but line ends and blanks: proxsmtpd mends those after the
 # filter.  What begins with 0 is dropped, with 1 rejected.
 STAMP = """\
 exec 3>&1
@@ -106,7 +106,7 @@ DROPPED = re.compile(rb"250 2\.0\.0 ([0-9a-f]{64}) dropped\r\n")
 
 
 def is_stamped(data: bytes) -> bool:
-    """Whether mail data, as on the wire, is what the filter has made, and whole."""
+    """Return whether mail data on the wire is what the filter has made, and whole."""
     body, _, stamp = unstuffed(data).rpartition(b"\r\nX-Stamp: ")
     digest = hashlib.sha256((SECRET + body).translate(None, b"\r\n ")).hexdigest()
     return stamp == digest.encode() + b"\r\n"
@@ -127,7 +127,7 @@ class Target:
         self._base = self._usage_when_idle()
 
     def dropped(self) -> set[bytes]:
-        """The digests that the filter says it has dropped."""
+        """Return the digests that the filter says it has dropped."""
         return set(self._dropped.read_bytes().split())
 
     def _usage_when_idle(self) -> Usage:
@@ -154,7 +154,7 @@ MakeTarget = Callable[..., Target]
 
 @pytest.fixture
 def target(proxsmtpd: StartDaemon, tmp_path: Path) -> MakeTarget:
-    """A factory of daemons to be fired at, with all of their log in a file."""
+    """Provide a factory of daemons to be fired at, with all of their log in a file."""
 
     def make(server: ScriptedServer, settings: Mapping[str, object]) -> Target:
         log, dropped = tmp_path / "log", tmp_path / "dropped"
@@ -186,7 +186,7 @@ def in_rounds(one_round: Callable[[int, random.Random], None], times: int = 1) -
 
 
 class Inbox:
-    """Where an honest server accepts messages, each under a token of its own."""
+    """Accepts messages for an honest server, each under a token of its own."""
 
     def __init__(self) -> None:
         self._numbers = itertools.count(1)
@@ -234,7 +234,7 @@ FORBIDDEN_VERBS = ("BDAT", "BURL", "STARTTLS", "XEXCH50", "TURN", "ATRN", "LHLO"
 
 
 def mixture(rng: random.Random, most: int = 60) -> bytes:
-    """Some words in any order, with octets of any value among them."""
+    """Return some words in any order, with octets of any value among them."""
     picked = (
         rng.randbytes(rng.randrange(8)) if rng.random() < 0.1 else rng.choice(WORDS)
         for _ in range(rng.randrange(most))
@@ -243,7 +243,7 @@ def mixture(rng: random.Random, most: int = 60) -> bytes:
 
 
 def dialogue(rng: random.Random) -> list[bytes]:
-    """What a client says, in order, of which a lot may be right."""
+    """Return a client's lines, in order, many of them right."""
     lines = [b"EHLO c.example\r\n"]
     for _ in range(rng.randrange(1, 4)):
         if rng.random() < 0.5:
@@ -254,7 +254,7 @@ def dialogue(rng: random.Random) -> list[bytes]:
 
 
 def mutated(rng: random.Random, lines: Sequence[bytes]) -> list[bytes]:
-    """A few things of it taken away, put in, changed or cut."""
+    """Take away, put in, change or cut some of the lines."""
     result = list(lines)
     for _ in range(rng.choice((0, 0, 1, 1, 2, 3, 8))):
         place = rng.randrange(len(result))
@@ -288,7 +288,7 @@ MUTATIONS: Sequence[Callable[[random.Random, bytes], list[bytes]]] = (
 
 
 def pieces_of(rng: random.Random, octets: bytes) -> list[bytes]:
-    """The octets, cut at some places."""
+    """Cut the octets at some places."""
     places = sorted(rng.randrange(len(octets) + 1) for _ in range(rng.randrange(9)))
     return [octets[i:j] for i, j in zip([0, *places], [*places, len(octets)])]
 
@@ -297,7 +297,7 @@ def pieces_of(rng: random.Random, octets: bytes) -> list[bytes]:
 
 
 def listen(sock: socket.socket, seconds: float) -> bytes | None:
-    """What has come within so many seconds: None if nothing, empty at the end."""
+    """Return the octets of so many seconds: None if nothing came, b"" at the end."""
     if not select.select([sock], [], [], seconds)[0]:
         return None
     try:
@@ -322,7 +322,7 @@ def bombard(address: str, rng: random.Random) -> tuple[bytes, bool]:
             sock.sendall(b"\r\n.\r\nQUIT\r\n")
         while more := listen(sock, PATIENCE):
             received += more
-    assert more is not None, f"no end behind {bytes(received)!r}"
+    assert more is not None, f"no end after {bytes(received)!r}"
     return bytes(received), True
 
 
@@ -334,7 +334,7 @@ def leave(client: RawClient, rng: random.Random) -> None:
 
 
 def successes(received: bytes, *, is_all: bool) -> Iterator[bytes]:
-    """The successes among the replies to mail data; all must be whole replies.
+    """Yield the successes among the replies to mail data; all must be whole replies.
 
     Mail data follows a 354 only, and its reply is the next one.
     """
@@ -344,13 +344,13 @@ def successes(received: bytes, *, is_all: bool) -> Iterator[bytes]:
         if before.startswith(b"354") and reply.startswith(b"2"):
             yield reply
         elif not before.startswith(b"354"):
-            assert not QUEUED.fullmatch(reply), f"{reply!r} behind {before!r}"
+            assert not QUEUED.fullmatch(reply), f"{reply!r} after {before!r}"
         before = reply
     assert place == len(received) or not is_all, f"no reply: {received[place:]!r}"
 
 
 def strict_server(inbox: Inbox, make_server: MakeServer) -> ScriptedServer:
-    """An honest server that would take every false end, and wants a stamp."""
+    """Return an honest server that would take every false end, and wants a stamp."""
 
     def xclient(connection: Recorded, line: bytes) -> bytes:
         if re.search(rb" ADDR=9\.9", line, re.I):
@@ -393,7 +393,7 @@ def test_hostile_clients(
 
 
 def check_promises(received: Sequence[bytes], inbox: Inbox, target: Target) -> None:
-    """Each success stands for a message of its own, accepted or dropped."""
+    """Check that each success is for a message of its own, accepted or dropped."""
     tokens = [found[1] for found in map(QUEUED.fullmatch, received) if found]
     digests = [found[1] for found in map(DROPPED.fullmatch, received) if found]
     assert len(tokens) + len(digests) == len(received), received
@@ -436,7 +436,7 @@ class HostileServer:
         return handler
 
     def messages(self) -> Iterator[bytes]:
-        """All that it has received to anything that ends mail data somewhere."""
+        """Yield all that it has received to anything that ends mail data somewhere."""
         for connection in self.server.connections:
             for data in connection.received.split(b"DATA\r\n")[1:]:
                 end = ANY_END.search(data)
@@ -640,7 +640,7 @@ def verdict(script: Script) -> bytes | None:
 
 
 def mended(message: bytes) -> bytes:
-    """A message as it must arrive, whatever octets it is made of."""
+    """Return a message as it must arrive, whatever octets it is made of."""
     lines = re.sub(rb"\r+(?=\n|\Z)", b"", message).replace(b"\r", b" ").split(b"\n")
     if not lines[-1]:
         lines.pop()
@@ -693,7 +693,10 @@ BREAKING_CONNECT = """\
 import runpy, select, socket, sys
 connect = socket.socket.connect
 def connect_and_be_reset(sock, address):
-    connect(sock, address)
+    try:
+        connect(sock, address)
+    except ConnectionResetError:
+        pass
     poller = select.poll()
     poller.register(sock, 0)
     poller.poll()
@@ -705,7 +708,7 @@ runpy.run_path(sys.argv.pop(1), run_name="__main__")
 def test_server_gone_as_soon_as_connected(
     make_server: MakeServer, proxsmtpd: StartDaemon
 ) -> None:
-    """Of a socket that was reset the system does not know the other end any more."""
+    """The system has no peer address for a socket that was reset."""
     server = make_server({"GREETING": Reset()})
     command = [sys.executable, "-c", BREAKING_CONNECT, PROGRAM]
     daemon = proxsmtpd(server=server, program=command)
@@ -719,7 +722,7 @@ def test_server_gone_as_soon_as_connected(
 def test_no_signal_prolongs_a_time_out(
     make_server: MakeServer, proxsmtpd: StartDaemon
 ) -> None:
-    """A wait that a signal interrupts begins anew, with its whole time.
+    """A wait that a signal interrupts must not begin again with its whole time.
 
     Each filter that ends sends SIGCHLD, and on a busy machine the kernel gives some of
     them to any thread that takes signals: a stalled server then is waited for as long

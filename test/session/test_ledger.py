@@ -50,7 +50,7 @@ SEED = os.environ.get("LEDGER_SEED", "1")
 MESSAGES = int(os.environ.get("LEDGER_MESSAGES", "320"))
 WORKERS = 8
 ALL_DONE = 60.0  # seconds in which a disturbance must come to its end
-SESSION = 4  # messages that a client sends at most before it connects anew
+SESSION = 4  # messages that a client sends at most before it connects again
 SIZES = (*(80, 3_000, 60_000) * 6, 1_500_000)
 
 ERROR = b"451 Local Error"
@@ -60,7 +60,7 @@ FILTER_AHEAD = b"354 Start mail input; end with <CRLF>.<CRLF>"
 
 
 class Plan(NamedTuple):
-    """How often something is to happen to an attempt, and its client's reply.
+    """The weight of a kind of attempt, and its client's reply.
 
     K stands for the attempt's key.  Without a filter, what the filter should have
     done does not happen.
@@ -122,7 +122,7 @@ KINDS: Sequence[dict[str, object]] = (
 
 @dataclass
 class Attempt:
-    """One try at one message, and what its client knows of it."""
+    """One try at one message, with the reply that the client got."""
 
     number: int
     key: bytes
@@ -138,7 +138,7 @@ class Attempt:
 
     @property
     def is_settled(self) -> bool:
-        """Whether the client need not try again."""
+        """Return whether the client need not try again."""
         return self.reply is not None and self.reply.startswith((b"2", b"5"))
 
     @property
@@ -256,7 +256,7 @@ class Daemons:
 
 
 def no_process_has(mark: str) -> bool:
-    """Whether nothing is left of a daemon and its filters."""
+    """Return whether nothing is left of a daemon and its filters."""
     return not marked_processes(mark)
 
 
@@ -451,7 +451,7 @@ class Ledger:
         return "dropped" if was_dropped else "accepted"
 
     def _check_sums(self) -> None:
-        """Each message is settled once; each further copy has its excuse."""
+        """Check that each message is settled once, and each further copy excused."""
         count = self.count
         settled = Counter(a.number for a in self.attempts if a.is_settled)
         excused = count["killed, but stored"] + count["refused, but stored"]
@@ -459,7 +459,7 @@ class Ledger:
         assert settled == Counter(range(MESSAGES))
 
     def check_all_happened(self) -> None:
-        """That the load was one that could have shown something."""
+        """Check that every kind of event has happened."""
         happened = {a.plan for a in self.attempts if a.is_sent}
         assert happened == set(PLANS)
         assert self.count["killed, but stored"]  # the staged one at least
@@ -469,14 +469,14 @@ class Ledger:
 
 @pytest.fixture
 def fifos(tmp_path: Path) -> Path:
-    """Where the fifos are at which filters wait for a client to leave."""
+    """Make the directory of the fifos at which filters wait for a client to leave."""
     directory = tmp_path / "fifos"
     directory.mkdir()
     return directory
 
 
 def disturbances(daemons: Daemons, sink: Sink) -> list[Callable[[], None]]:
-    """What happens to the daemon and the server, in a seeded order."""
+    """Return the disturbances of daemon and server, in a seeded order."""
 
     def at_random() -> None:
         daemons.restart(contextlib.nullcontext())

@@ -28,12 +28,12 @@ SIZE = b"SIZE 104857600"
 
 
 def of_size(octets: int) -> bytes:
-    """A message of just so many octets."""
+    """Return a message of just so many octets."""
     return MESSAGE + b"x" * (octets - len(MESSAGE) - 2) + b"\r\n"
 
 
 def verbs_of(daemon: Daemon, server: ScriptedServer) -> list[bytes]:
-    """What the server of an ended session was asked, and the daemon still lives."""
+    """Return the verbs of an ended session; the daemon must still live."""
     assert daemon.process.poll() is None
     server.wait_for(lambda: server.connections[0].closed)
     return verbs(server.connections[0])
@@ -158,7 +158,7 @@ MAILS = {
 
 @pytest.mark.parametrize("verb", [b"EHLO", b"HELO"])
 @pytest.mark.parametrize("extensions", [[SIZE], []], ids=["offered", "not offered"])
-def test_server_hears_of_size_what_it_offered(
+def test_server_gets_size_as_it_offered_it(
     verb: bytes,
     extensions: list[bytes],
     proxsmtpd: StartDaemon,
@@ -236,7 +236,7 @@ def test_filtered_message_that_is_too_large(
     server: ScriptedServer,
     tmp_path: Path,
 ) -> None:
-    """It does not get to filter or server, and what is pipelined behind it does."""
+    """It gets to neither filter nor server; a message pipelined after it does."""
     ran = tmp_path / "ran"
     settings = {"FilterCommand": f"echo x >> {ran}; cat", "MaxMessageSize": LIMIT}
     daemon = proxsmtpd({**settings, **FILTERS[name]}, level=3)
@@ -344,7 +344,7 @@ def test_just_the_limit(
     assert len(server.messages) == 1
 
 
-def test_what_filter_and_header_add_does_not_count(
+def test_additions_of_filter_and_header_do_not_count(
     proxsmtpd: StartDaemon, server: ScriptedServer
 ) -> None:
     settings = {"MaxMessageSize": LIMIT, "Header": "X-Long: " + "x" * 900}

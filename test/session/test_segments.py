@@ -1,4 +1,4 @@
-"""What goes out is one write, and goes at once: no stall by Nagle's algorithm.
+"""Each reply is one write, sent at once: no stall by Nagle's algorithm.
 
 The daemon's own sockets are looked at, by copies of its descriptors.
 """
@@ -15,14 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from helpers import Daemon, StartDaemon
+from helpers import MESSAGE, QUEUED, Daemon, StartDaemon
 
 PIDFD_GETFD = 438  # the number of pidfd_getfd(2), in all of Linux but Alpha's
 # Offsets in struct tcp_info, from linux/tcp.h.
 TOTAL_RETRANS, DATA_SEGS_OUT = 100, 156
 
-MESSAGE = b"Subject: test\r\n\r\nHello\r\n"
-QUEUED = b"250 2.0.0 Ok: queued\r\n"
 MESSAGES = 5
 
 
@@ -53,7 +51,7 @@ def connections(daemon: Daemon) -> Iterator[socket.socket]:
 
 
 def segments(sock: socket.socket) -> int:
-    """The segments with data that it has sent, repeated ones not counted."""
+    """Return the segments with data that it has sent, repeated ones not counted."""
     info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
     if len(info) < DATA_SEGS_OUT + 4:
         pytest.skip("the system does not count segments")

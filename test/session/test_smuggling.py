@@ -45,7 +45,7 @@ CRLF = b"\r\n"
 
 
 def listed(wrong: Mapping[str, object]) -> str:
-    """What is wrong, and where, a line each."""
+    """Format the failures, a line each."""
     return "\n".join(f"{where}: {what}" for where, what in wrong.items())
 
 
@@ -60,7 +60,7 @@ NUL_DOTS = {"NUL dot": b"\0.", "dot NUL": b".\0", "NUL dot NUL": b"\0.\0"}
 def false_ends(
     dots: Mapping[str, bytes], ends: Mapping[str, bytes] = LINE_ENDS
 ) -> dict[str, bytes]:
-    """Line end, dot and line end in all combinations, but for the true end."""
+    """Combine line end, dot and line end in all ways except the true end."""
     return {
         f"{before} {dot} {after}": ends[before] + dots[dot] + ends[after]
         for before, dot, after in itertools.product(ends, dots, ends)
@@ -79,29 +79,29 @@ SMUGGLED = b"MAIL FROM:<smuggled@example.com>\r\nRCPT TO:<b@example.com>\r\nDATA
 def sections(ends: Mapping[str, bytes]) -> list[tuple[bytes, bytes, bytes]]:
     """For each false end: what stands before it, itself, and what follows."""
     return [
-        (b"before %d" % number, end, b"behind %d\r\n" % number + SMUGGLED)
+        (b"before %d" % number, end, b"after %d\r\n" % number + SMUGGLED)
         for number, end in enumerate(ends.values())
     ]
 
 
 def pieces(ends: Mapping[str, bytes], cut: int) -> list[bytes]:
-    """One message with all false ends, each cut in two after so many octets."""
+    """Return one message with all false ends, each cut in two after so many octets."""
     found, piece = [], b""
-    for before, end, behind in sections(ends):
+    for before, end, after in sections(ends):
         found.append(piece + before + end[:cut])
-        piece = end[cut:] + behind
+        piece = end[cut:] + after
     return [*found, piece]
 
 
 def cleaned(data: bytes) -> bytes:
-    """What the server must get for a message of these octets (SPEC, 5)."""
+    """Return the data that the server must get for a message of these octets."""
     lines = re.split(rb"\r*\n", data)
     spaced = [line.replace(b"\r", b" ") for line in lines]
     return CRLF.join(b"." + line if line[:1] == b"." else line for line in spaced)
 
 
 def unstuffed(data: bytes) -> bytes:
-    """What mail data from the wire means: a dot after a bare LF may be unstuffed."""
+    """Remove the dots of data on the wire, also the first of two after a bare LF."""
     return re.sub(rb"(\r\n)\.|(\n)\.(?=\.)", rb"\1\2", data)
 
 
@@ -144,7 +144,7 @@ def authenticated(client: RawClient) -> None:
 
 @pytest.fixture
 def credulous(make_server: MakeServer) -> ScriptedServer:
-    """A server that takes any false end for the end of the data."""
+    """Provide a server that takes any false end for the end of the data."""
     return make_server(end_of_data=TAKES_ALL)
 
 
@@ -176,7 +176,7 @@ def test_client_smuggles(
             assert message.data == cleaned(unstuffed(sent))
     client.quit()
     assert len(credulous.messages) == LONGEST + 1
-    assert b"behind" not in b"".join(credulous.connections[0].lines)
+    assert b"after" not in b"".join(credulous.connections[0].lines)
 
 
 # Writes its output in many pieces: a shell's own printf makes one write each.
@@ -184,7 +184,7 @@ WRITERS = {"pipe": "cat > /dev/null", "file": 'exec > "$EMAIL"'}
 
 
 def printing(piece: bytes) -> str:
-    """A shell command that writes these octets at once."""
+    """Return a shell command that writes these octets at once."""
     return "printf '" + "".join(f"\\{octet:03o}" for octet in piece) + "'\n"
 
 
@@ -218,7 +218,7 @@ def test_filter_smuggles(
             assert message.data == cleaned(b"".join(pieces(ends, cut)))
     client.quit()
     assert len(credulous.messages) == LONGEST + 1
-    assert b"behind" not in b"".join(credulous.connections[0].lines)
+    assert b"after" not in b"".join(credulous.connections[0].lines)
 
 
 def test_false_ends_across_blocks(
@@ -281,7 +281,7 @@ class LenientPostfix(NamedTuple):
     servers: Mapping[str, int]  # their ports
 
     def recipients(self) -> list[str]:
-        """Who got mail, in order, once all of it is delivered; then forgets it."""
+        """Return the recipients, sorted, once all mail is delivered, and remove it."""
         self.postfix.wait_idle()
         mails = self.postfix.mails()
         self.postfix.clear()
@@ -307,7 +307,7 @@ def lenient() -> Iterator[LenientPostfix]:
 
 
 def attack(end: bytes, number: int) -> bytes:
-    """A message that has another one, to `inner`, behind a false end."""
+    """Return a message that has another one, to `inner`, after a false end."""
     return (
         b"Subject: outer\r\n\r\nx%s"
         b"MAIL FROM:<a@example.com>\r\nRCPT TO:<inner%d@example.com>\r\nDATA\r\n"
@@ -316,12 +316,12 @@ def attack(end: bytes, number: int) -> bytes:
 
 
 def outer(number: int) -> bytes:
-    """The forward-path of an attack's outer message."""
+    """Return the forward-path of an attack's outer message."""
     return b"<outer%d@example.com>" % number
 
 
 def names_of(recipients: Sequence[str], kind: str) -> set[str]:
-    """The false ends that mail to `outer` or `inner` recipients stands for."""
+    """Return the false ends that mail to `outer` or `inner` recipients stands for."""
     names = list(ALL_ENDS)
     found = (re.match(rf"{kind}(\d+)@", recipient) for recipient in recipients)
     return {names[int(match[1])] for match in found if match}
@@ -414,7 +414,7 @@ class TestPostfix:
 
 
 def readings(line: bytes) -> set[str]:
-    """The verbs, in upper case, that a server may read in a line of any octets.
+    """Return the verbs, in upper case, that a server may read in a line of any octets.
 
     It may drop control characters, what is not ASCII, or the high bit; know UTF-8 and
     the plain and capital forms of its letters; end lines at a bare CR, LF or NUL.
@@ -424,7 +424,7 @@ def readings(line: bytes) -> set[str]:
 
 
 def decodings(octets: bytes) -> set[str]:
-    """What the octets may be as text."""
+    """Return the octets in the encodings that a server might assume."""
     return {
         bytes(octet & 0x7F for octet in octets).decode("ascii"),
         octets.decode("ascii", "ignore"),
@@ -434,14 +434,14 @@ def decodings(octets: bytes) -> set[str]:
 
 
 def first_word(text: str) -> str:
-    """The letters at the beginning, plain capitals, behind what does not show."""
+    """Return the letters of the first word in plain capitals."""
     capitals = unicodedata.normalize("NFKC", text.lower()).upper()
     plain = unicodedata.normalize("NFD", capitals)
     return re.split(r"[^A-Z]", re.sub(r"[^\t-\r -~]", "", plain).strip())[0]
 
 
 def is_taken_for(word: str, verb: str) -> bool:
-    """Whether a server may take a word for a verb: four letters do, and three of
+    """Return whether a server may take a word for a verb: four letters do, and three of
     which it knows what they abbreviate."""
     return word[:4] == verb[:4] or (len(word) >= 3 and verb.startswith(word))
 
@@ -505,7 +505,7 @@ class CredulousDialogue(socketserver.BaseRequestHandler):
                 self.obey(line)
 
     def read_until(self, pattern: bytes) -> bytes:
-        """All octets until they end like this; empty if the connection ends."""
+        """Return all octets until they end like this; empty if the connection ends."""
         octets = bytearray()
         while not re.search(pattern, octets):
             block = self.request.recv(65536)
@@ -549,7 +549,7 @@ class CredulousDialogue(socketserver.BaseRequestHandler):
 
 @pytest.fixture
 def worst() -> Iterator[CredulousServer]:
-    """A server that takes a line for any command that it resembles."""
+    """Provide a server that takes a line for any command that it resembles."""
     with CredulousServer() as server:
         yield server
         server.shutdown()
@@ -581,7 +581,7 @@ LETTERS = {
 
 
 def spellings(verb: bytes, argument: bytes) -> dict[str, bytes]:
-    """The spellings of a command that some server may take for it, without CRLF."""
+    """Return the spellings of a command that a server may take for it, without CRLF."""
     rest = b" " + argument if argument else b""
     found = {
         "plain": verb + rest,
@@ -602,7 +602,7 @@ def spellings(verb: bytes, argument: bytes) -> dict[str, bytes]:
         found[f"{name} before"] = octet + verb + rest
         if name not in BLANKS:
             found[f"{name} within"] = verb[:2] + octet + verb[2:] + rest
-        found[f"{name} behind"] = verb + octet + argument
+        found[f"{name} after"] = verb + octet + argument
         if name in ENDS:
             found[f"{name} at the end"] = verb + rest + octet
     for name, (letter, like) in LETTERS.items():
@@ -613,14 +613,14 @@ def spellings(verb: bytes, argument: bytes) -> dict[str, bytes]:
 
 
 def hidden(line: bytes) -> dict[str, bytes]:
-    """Commands behind something else, which a server may cut off."""
+    """Put commands after something else, which a server may cut off."""
     limit = program.COMMAND_LIMIT
     return {
-        "behind a CR": b"NOOP\r" + line,
-        "behind an LF": b"NOOP\n" + line,
-        "behind LF CR": b"NOOP\n\r" + line,
-        "behind a NUL": b"NOOP\0" + line,
-        "behind CR NUL": b"NOOP\r\0" + line,
+        "after a CR": b"NOOP\r" + line,
+        "after an LF": b"NOOP\n" + line,
+        "after LF CR": b"NOOP\n\r" + line,
+        "after a NUL": b"NOOP\0" + line,
+        "after CR NUL": b"NOOP\r\0" + line,
         "over-long with LF": b"NOOP " + b"x" * limit + b"\n" + line,
         "over-long with CR": b"NOOP " + b"x" * limit + b"\r" + line,
         "over-long blanks": b" " * limit + line,
@@ -628,7 +628,7 @@ def hidden(line: bytes) -> dict[str, bytes]:
 
 
 def next_reply(client: RawClient) -> bytes:
-    """The next reply, or nothing if the connection has ended."""
+    """Return the next reply, or nothing if the connection has ended."""
     return b"" if client.at_end() else client.reply()
 
 
@@ -666,19 +666,19 @@ def use_data_at_once(client: RawClient, line: bytes) -> None:
 
 
 def use_mail(client: RawClient, line: bytes) -> None:
-    """MAIL in some spelling behind a plain one, then a message."""
+    """Send MAIL in some spelling after a plain one, then a message."""
     say(client, MAIL, line, RCPT, b"DATA")
     say_rest(client, RAW)
 
 
 def use_rcpt(client: RawClient, line: bytes) -> None:
-    """RCPT in some spelling behind a plain one, then a message."""
+    """Send RCPT in some spelling after a plain one, then a message."""
     say(client, MAIL, RCPT, line, b"DATA")
     say_rest(client, RAW)
 
 
 def use_other(client: RawClient, line: bytes) -> None:
-    """A command within a mail transaction, then what it may have announced."""
+    """Send a command within a mail transaction, then what it may have announced."""
     say(client, MAIL, RCPT, line)
     say_rest(client, b"raw message\r\nRSET\r\n")
 
@@ -704,13 +704,13 @@ FILTERS = {
 
 
 def got_past(taken: Taken) -> bool:
-    """Whether a message differs from what the filter has read, or from its envelope."""
+    """Return whether a message differs from the filter's input, or its envelope."""
     told = CRLF.join([taken.sender, *taken.recipients, b""])
     return taken.data != told + b"seen message\r\n.\r\n"
 
 
 def wrongs(server: CredulousServer, filter_type: str) -> list[object]:
-    """What the server has taken that it must not get."""
+    """Return the messages and commands that the server must not get."""
     if filter_type == "reject":
         forbidden = {"MAIL", "RCPT", "BDAT", "BURL", "XCLIENT"}
     else:
@@ -747,7 +747,7 @@ def test_spellings(
 
 @pytest.mark.parametrize("use", USES)
 def test_the_criterion_of_readings(use: str) -> None:
-    """To the credulous server all spellings are the command, so that none is idle."""
+    """The credulous server takes all spellings for the command."""
     verb, argument, _ = USES[use]
     strange = [
         name
@@ -774,15 +774,15 @@ def test_the_criterion_of_messages(
 
 LIMIT = program.COMMAND_LIMIT
 TAILS = {
-    "behind the limit": [b"x" * LIMIT, MAIL + CRLF],
-    "right behind it": [b"x" * (LIMIT + 1), MAIL + CRLF],
+    "after the limit": [b"x" * LIMIT, MAIL + CRLF],
+    "right after it": [b"x" * (LIMIT + 1), MAIL + CRLF],
     "right before it": [b"x" * (LIMIT - 1), MAIL + CRLF],
-    "behind blanks": [b" " * LIMIT, MAIL + CRLF],
-    "behind a CR": [b"x" * LIMIT + b"\r", MAIL + CRLF],
-    "behind two CR": [b"x" * LIMIT + b"\r", b"\r" + MAIL + CRLF],
-    "behind a CR and a NUL": [b"x" * LIMIT + b"\r", b"\0\n" + MAIL + CRLF],
-    "behind an LF": [b"x" * LIMIT + b"\n" + MAIL, CRLF],
-    "behind many pieces": [b"x" * 5000] * 20 + [MAIL + CRLF],
+    "after blanks": [b" " * LIMIT, MAIL + CRLF],
+    "after a CR": [b"x" * LIMIT + b"\r", MAIL + CRLF],
+    "after two CR": [b"x" * LIMIT + b"\r", b"\r" + MAIL + CRLF],
+    "after a CR and a NUL": [b"x" * LIMIT + b"\r", b"\0\n" + MAIL + CRLF],
+    "after an LF": [b"x" * LIMIT + b"\n" + MAIL, CRLF],
+    "after many pieces": [b"x" * 5000] * 20 + [MAIL + CRLF],
     "line end in two pieces": [b"x" * LIMIT + MAIL + b"\r", b"\n"],
 }
 
@@ -810,7 +810,7 @@ def test_tails_of_overlong_lines(
 
 
 def test_spellings_of_auth(worst: CredulousServer, proxsmtpd: StartDaemon) -> None:
-    """Whatever a server takes for AUTH, no secret gets into the log."""
+    """No secret gets into the log, however AUTH is spelt."""
     daemon = proxsmtpd({"OutAddress": worst.address})
     for number, line in enumerate(spellings(b"AUTH", b"LOGIN").values()):
         with RawClient(daemon.address) as client:
@@ -981,7 +981,7 @@ def all_replies(client: RawClient, octets: bytes) -> bytes:
 def test_more_comes_while_the_server_thinks(
     mode: str, make_server: MakeServer, proxsmtpd: StartDaemon, tmp_path: Path
 ) -> None:
-    """What comes before the refusal is mail data too."""
+    """Data that comes before the refusal is mail data too."""
     go = threading.Event()
 
     def think(_connection: Recorded, _line: bytes) -> Action:
@@ -1103,7 +1103,7 @@ class Faulty(NamedTuple):
         return replies
 
     def went_on(self, verb: str) -> bytes:
-        """What the server has received behind its reply to `verb`."""
+        """Return all that the server has received after the line of `verb`."""
         lines = {**dict(DIALOGUE), "XCLIENT": b"XCLIENT ADDR=127.0.0.1"}
         received = self.server.connections[0].received
         if verb == "GREETING":
@@ -1115,7 +1115,7 @@ class Faulty(NamedTuple):
 def faulty(
     request: pytest.FixtureRequest, make_server: MakeServer, proxsmtpd: StartDaemon
 ) -> Faulty:
-    """A daemon with and without a filter."""
+    """Provide a daemon with and without a filter."""
     extensions = [b"XCLIENT ADDR", b"XFORWARD ADDR", b"AUTH LOGIN"]
     server = make_server(SERVER_SCRIPT, extensions=extensions)
     settings = {**MODES[request.param], "XClient": "on"}
@@ -1130,7 +1130,7 @@ def test_dialogue_without_a_fault(faulty: Faulty) -> None:
     assert len(faulty.server.messages) == 1
 
 
-def test_what_is_no_reply(faulty: Faulty) -> None:
+def test_bad_replies(faulty: Faulty) -> None:
     """Said in answer to anything, it ends the session: 421, and not a word more."""
     wrong = {}
     for (name, reply), verb in itertools.product(NO_REPLIES.items(), VERBS):

@@ -1,4 +1,4 @@
-"""SIGUSR1: what the daemon tells of its work, and that it goes on with it."""
+"""SIGUSR1: the daemon logs statistics, and goes on with its work."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ FORMS = (
 
 
 class Times(NamedTuple):
-    """What is said of the filter's or the server's times, in seconds."""
+    """The filter's or the server's times in a report, in seconds."""
 
     number: int
     median: float
@@ -68,7 +68,7 @@ def times_of(words: Sequence[str | None]) -> Times | None:
 
 
 def parse(lines: Sequence[str]) -> Report:
-    """A report of its lines, each of which must have its form."""
+    """Return a report of its lines, each of which must have its form."""
     assert len(lines) == len(FORMS), lines
     found = [re.fullmatch(form, line) for form, line in zip(FORMS, lines)]
     assert all(found), lines
@@ -100,7 +100,7 @@ def report(daemon: Daemon) -> Report:
 
 
 def report_when_idle(daemon: Daemon) -> Report:
-    """The report after the last client has gone."""
+    """Return the report after the last client has gone."""
     reports = [report(daemon)]
 
     def is_idle() -> bool:
@@ -227,7 +227,7 @@ def test_connections(proxsmtpd: StartDaemon) -> None:
 
 
 def test_threads_and_descriptors(proxsmtpd: StartDaemon) -> None:
-    """They are as many as the system says, but for what counting them takes."""
+    """The counts are the system's, except for the descriptor that counting takes."""
     daemon = proxsmtpd({"FilterCommand": "cat"})
     idle = report(daemon)
     assert idle.threads == entries(daemon, "task") == 1

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from helpers import (
+    NETWORK,
     Daemon,
     Settings,
     port_of,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 
 # The addresses of the programs and of their servers.
-HOST, SERVER_HOST = "127.1.0.1", "127.1.0.2"
+HOST, SERVER_HOST = f"{NETWORK}.251.1", f"{NETWORK}.251.2"
 
 # Seconds that a program may wait for a peer (its TimeOut), and after which a client
 # that still gets nothing gives up.  The first must end what the original lets hang.
@@ -46,6 +47,7 @@ SIDES = ("client", "server", "log")
 TIME = r"\d\d:\d\d:\d\d"
 VARIABLE = (
     (r"^(proxsmtpd: )[0-9A-F]{6}: ", r"\1ID: "),
+    (re.escape(f"{NETWORK}."), "127.1."),
     (r"\b(127\.[\d.]+):\d+", r"\1:PORT"),
     (r"(XCLIENT .* PORT=)\d+", r"\1N"),
     (r"PLACE/temp/[\w.-]+", "PLACE/temp/NAME"),
@@ -57,9 +59,9 @@ VARIABLE = (
 
 @dataclass(frozen=True)
 class Dialogue:
-    """What the client says, and what stands around it.
+    """A client's lines, with the settings, the server and the filter.
 
-    Each of `turns` is sent with a CRLF behind it, and then one reply is awaited; for
+    Each of `turns` is sent with a CRLF after it, and then one reply is awaited; for
     None nothing is sent.  The greeting is awaited before the first.  `script`,
     `greeting` and `extensions` are the server's, as ScriptedServer has them;
     `program` is the text of a shell script that becomes the FilterCommand; with an
@@ -77,7 +79,7 @@ class Dialogue:
 
 @dataclass(frozen=True)
 class Account:
-    """What one program made of a dialogue, as lines; `faults` is how it misbehaved."""
+    """One program's part in a dialogue, as lines; `faults` is how it misbehaved."""
 
     client: tuple[str, ...]
     server: tuple[str, ...]

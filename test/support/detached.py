@@ -33,7 +33,7 @@ class Detached(NamedTuple):
     result: subprocess.CompletedProcess[str]
 
     def status(self, name: str) -> list[str]:
-        """A line of /proc/PID/status, as words."""
+        """Return a line of /proc/PID/status, as words."""
         text = Path(f"/proc/{self.pid}/status").read_text()
         line: str = re.findall(rf"^{name}:\s*(.*)$", text, re.M)[0]
         return line.split()
@@ -62,7 +62,7 @@ class DetachedFactory:
         program: Sequence[str] = (),
         **options: Any,
     ) -> Detached:
-        """A daemon whose first process has succeeded; `options` are for `run`."""
+        """Return a daemon whose first process has succeeded; `options` are `run`'s."""
         values = {**self._defaults(), **(settings or {})}
         path = self._place / f"{len(self._started)}.conf"
         path.write_text(settings_text(values))

@@ -81,14 +81,14 @@ class Case(NamedTuple):
 
 
 def rows(table: str) -> Iterator[list[str]]:
-    """The fields of a table's lines, with the abbreviations resolved."""
+    """Yield the fields of a table's lines, with the abbreviations resolved."""
     for line in table.strip().splitlines():
         fields = [field.strip() for field in line.split("|")]
         yield ["" if field == "-" else resolved(field) for field in fields]
 
 
 def resolved(text: str) -> str:
-    """A field with its abbreviations resolved."""
+    """Return a field with its abbreviations resolved."""
     return text.replace("~", "EHLO MAIL RCPT").format(**REPLIES)
 
 
@@ -213,7 +213,7 @@ SERVER_SCRIPTS = {"own-RSET": REJECT, "filter-NOOP": f"{WAIT}; pass"}
 
 
 def server_cases() -> Iterator[Case]:
-    """The server's faults."""
+    """Yield the server's faults."""
     for when, what, ways, replies, verbs, delivered in rows(SERVER):
         for way in ways.split():
             yield Case(
@@ -318,7 +318,7 @@ CLIENT_SCRIPTS = {
 
 
 def client_cases() -> Iterator[Case]:
-    """The client's faults."""
+    """Yield the client's faults."""
     for when, what, ways, replies, verbs, delivered in rows(CLIENT):
         for way in ways.split():
             yield Case(
@@ -418,14 +418,14 @@ def hit_filters(numbers: Iterable[int]) -> Iterator[Filter]:
 
 
 def filter_cases() -> Iterator[Case]:
-    """The filter's faults."""
+    """Yield the filter's faults."""
     others = signal.valid_signals() - STOPPING
     yield from cases_of((*ENDLESS, *hit_filters(STOPPING)), impatient=True)
     yield from cases_of((*ENDING, *hit_filters(others)), impatient=False)
 
 
 def cases_of(filters: Iterable[Filter], impatient: bool) -> Iterator[Case]:
-    """The cases of filters that are to be ended, or end, by themselves."""
+    """Make the cases of filters that have to be ended, or end by themselves."""
     for what, script, replies, ways, message, left in filters:
         verbs = resolved("~ RSET QUIT" if replies else "~ DATA QUIT")
         for way in ways.split():
@@ -506,7 +506,7 @@ MEMORY = {
 
 
 def disk_cases() -> Iterator[Case]:
-    """What is wrong with TempDirectory."""
+    """Make the cases of faults of TempDirectory."""
     for what, message, ways, replies, verbs, delivered in rows(DISK):
         for way in ways.split():
             yield Case(
@@ -517,7 +517,7 @@ def disk_cases() -> Iterator[Case]:
 
 
 def limit_cases() -> Iterator[Case]:
-    """What the system has no more of; `when` is the number that is left."""
+    """Make the cases of the system's limits; `when` is the number that is left."""
     for what, numbers, ways, replies, verbs, delivered in rows(LIMITS):
         for number, way in itertools.product(numbers.split(), ways.split()):
             yield Case(way, "limit", number, what, replies, verbs, int(delivered))

@@ -1,4 +1,4 @@
-"""What filters do and what comes of it, for the tests of FilterMode and of -t."""
+"""Filters and their outcomes, for the tests of FilterMode and of the dry run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ KINDS = ("pipe", "file")
 
 
 class Case(NamedTuple):
-    """What a filter does, as either type; empty where that type cannot do it."""
+    """A filter's command as either type; empty where that type cannot do it."""
 
     pipe: str
     file: str
@@ -82,7 +82,7 @@ FAILURES = {
 
 
 def applicable(table: dict[str, Case]) -> list[tuple[str, str]]:
-    """The types of filter, and what each can do."""
+    """Return the types of filter, and what each can do."""
     return [(k, name) for k in KINDS for name in table if table[name].command(k)]
 
 

@@ -99,7 +99,7 @@ class HAProxy:
         return self._process.poll() is not None or is_listening(self.address)
 
     def log(self) -> str:
-        """All that it has said until now."""
+        """Return all that it has logged until now."""
         return (self._directory / "haproxy.log").read_text()
 
     def wait_log(self, pattern: str, count: int = 1) -> None:

@@ -1,4 +1,4 @@
-"""What the tests share: the real process, its configuration, ports and waiting.
+"""For all tests: the real process, its configuration, messages, ports and waiting.
 
 The program under test is the environment variable PROXSMTPD (a command line), or
 else `proxsmtpd.py` beside this directory.
@@ -43,6 +43,9 @@ PATIENCE = 10.0  # seconds for the program
 PEER_PATIENCE = 30.0  # seconds for another package's program
 MEGABYTE = 1 << 20
 
+# A loopback network of this process's own: no other run of the tests takes its ports.
+NETWORK = f"127.{os.getpid() % 250 + 2}"
+
 MESSAGE = b"Subject: test\r\n\r\nHello\r\n"
 GREETING = b"220 smtp.passthru ESMTP\r\n"
 QUEUED = b"250 2.0.0 Ok: queued\r\n"
@@ -63,7 +66,7 @@ MakeFilter = Callable[[str], str]
 
 @functools.cache
 def compiled_program() -> str:
-    """The path of the program's byte code, which spares some 2,000 compilations."""
+    """Return the path of the program's byte code, which saves 2,000 compilations."""
     # Other users run it as well.
     place = tempfile.mkdtemp(prefix="proxsmtpd-tests-", dir="/tmp")
     atexit.register(shutil.rmtree, place, ignore_errors=True)
@@ -73,7 +76,7 @@ def compiled_program() -> str:
 
 
 def program_under_test() -> list[str]:
-    """The command line of the program that the tests are about."""
+    """Return the command line of the program that the tests are about."""
     given = os.environ.get("PROXSMTPD")
     # The interpreter's options are those that `make install` writes.
     return shlex.split(given) if given else [sys.executable, "-IS", compiled_program()]
@@ -115,7 +118,7 @@ on_other_systems_too = pytest.mark.parametrize(
 
 
 def reserve_port(host: str = "127.0.0.1") -> socket.socket:
-    """A socket that keeps a port for a daemon that is about to listen there.
+    """Return a socket that keeps a port for a daemon that is about to listen there.
 
     Merely finding a free port would let another connection take it meanwhile.
     """
@@ -127,19 +130,19 @@ def reserve_port(host: str = "127.0.0.1") -> socket.socket:
 
 
 def port_of(sock: socket.socket) -> int:
-    """The port that a socket is bound to."""
+    """Return the port that a socket is bound to."""
     port: int = sock.getsockname()[1]
     return port
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port that nobody listens on now; see `reserve_port`."""
+    """Return a port that nobody listens on now; see `reserve_port`."""
     with reserve_port(host) as holder:
         return port_of(holder)
 
 
 def poll(condition: Callable[[], object], timeout: float = PATIENCE) -> bool:
-    """Whether a condition comes true in time; for states that send no event."""
+    """Return whether a condition comes true in time; for states that send no event."""
     deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:
@@ -149,7 +152,7 @@ def poll(condition: Callable[[], object], timeout: float = PATIENCE) -> bool:
 
 
 def marked_processes(mark: str) -> dict[int, str]:
-    """The live processes, and their names, that have the mark in the environment."""
+    """Return the live processes that have the mark, with their names."""
     found = {}
     wanted = f"{MARKER}={mark}".encode()
     for pid in filter(str.isdigit, os.listdir("/proc")):  # Path.glob is slow here
@@ -163,7 +166,7 @@ def marked_processes(mark: str) -> dict[int, str]:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process runs (a zombie does not)."""
+    """Return whether a process runs (a zombie does not)."""
     try:
         words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -172,7 +175,7 @@ def is_alive(pid: int) -> bool:
 
 
 def open_files(pid: int) -> dict[Path, str]:
-    """The descriptors of a process, as paths in /proc, and what they are open for."""
+    """Return a process's descriptors, as paths in /proc, and their files."""
     found = {}
     for descriptor in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):  # closed meanwhile
@@ -181,7 +184,7 @@ def open_files(pid: int) -> dict[Path, str]:
 
 
 def is_listening(address: str) -> bool:
-    """Whether somebody listens there, found out without connecting."""
+    """Return whether somebody listens there, found out without connecting."""
     if address.startswith("/"):
         flag_and_path = re.compile(rf" 00010000 .* {re.escape(address)}$", re.M)
         return bool(flag_and_path.search(Path("/proc/net/unix").read_text()))
@@ -190,7 +193,7 @@ def is_listening(address: str) -> bool:
 
 
 def places(host: str) -> list[tuple[socket.AddressFamily, str]]:
-    """Where a socket that serves an address is, or can be."""
+    """Return the places where a socket that serves an address is, or can be."""
     for family in (socket.AF_INET, socket.AF_INET6):
         with contextlib.suppress(OSError):
             socket.inet_pton(family, host)
@@ -199,7 +202,7 @@ def places(host: str) -> list[tuple[socket.AddressFamily, str]]:
 
 
 def is_taken(family: socket.AddressFamily, host: str, port: int) -> bool:
-    """Whether the port cannot be bound by somebody who wants to reuse it.
+    """Return whether the port cannot be bound by somebody who wants to reuse it.
 
     That is so when somebody listens there.  To read it in /proc/net/tcp takes 10 ms.
     """
@@ -247,11 +250,11 @@ class Daemon:
 
     @property
     def port(self) -> int:
-        """The port that it listens on."""
+        """Return the port that it listens on."""
         return int(self.address.rpartition(":")[2])
 
     def log(self) -> str:
-        """All that it has written to standard error until now.
+        """Return all that it has written to standard error until now.
 
         What it wrote before it gave a reply is in it once the reply is here.
         """
@@ -266,7 +269,7 @@ class Daemon:
             self._log = ""
 
     def wait_log(self, pattern: str, timeout: float = PATIENCE) -> re.Match[str]:
-        """The first match (of several lines' mode) in the log, once it is there."""
+        """Wait for the first match (of several lines' mode) in the log."""
         expression = re.compile(pattern, re.M)
         with self._changed:
             self._changed.wait_for(lambda: expression.search(self._log), timeout)
@@ -288,7 +291,7 @@ class Daemon:
         return is_listening(self.address) and ") S " in stat.read_text()
 
     def connect(self, timeout: float = PATIENCE, source: Any = None) -> RawClient:
-        """A new client's connection to it, closed at the end of the test."""
+        """Return a new client's connection to it, closed at the end of the test."""
         client = RawClient(self.address, timeout, source)
         self._clients.append(client)
         return client
@@ -309,7 +312,7 @@ class Daemon:
         return status
 
     def peak_memory(self) -> int:
-        """The most memory, in octets, that the process has had until now."""
+        """Return the most memory, in octets, that the process has had until now."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.findall(r"^VmHWM:\s*(\d+) kB$", status, re.M)[0]) * 1024
 
@@ -370,19 +373,19 @@ class Daemon:
 
 
 def settings_text(settings: Settings) -> str:
-    """Settings as the lines of a configuration file."""
+    """Return settings as the lines of a configuration file."""
     if isinstance(settings, str):
         return settings if settings.endswith("\n") or not settings else settings + "\n"
     return "".join(f"{name}: {value}\n" for name, value in settings.items())
 
 
 def has_setting(text: str, name: str) -> bool:
-    """Whether a configuration sets this name."""
+    """Return whether a configuration sets this name."""
     return bool(re.search(rf"^\s*{name}\s*:", text, re.M | re.I))
 
 
 def setting(text: str, name: str) -> str:
-    """The last value that a configuration gives to this name."""
+    """Return the last value that a configuration gives to this name."""
     return str(re.findall(rf"^\s*{name}\s*:\s*(.*?)\s*$", text, re.M | re.I)[-1])
 
 
@@ -416,7 +419,7 @@ class DaemonFactory:
         wait: bool = True,
         **options: Any,
     ) -> Daemon:
-        """A running daemon; `options` are for its Popen."""
+        """Return a running daemon; `options` are for its Popen."""
         config = self._place / f"proxsmtpd-{len(self._daemons)}" / "proxsmtpd.conf"
         logs_elsewhere = bool(program)
         program = program or self._program or program_under_test()
@@ -467,23 +470,23 @@ class DaemonFactory:
 
 
 def long_message(size: int) -> bytes:
-    """A message of about so many octets, no two lines of it the same."""
+    """Return a message of about so many octets, no two lines of it the same."""
     lines = (b"%09d" % number + b"." * 60 + b"\r\n" for number in range(size // 71))
     return b"Subject: long\r\n\r\n" + b"".join(lines)
 
 
 def stuffed(data: bytes) -> bytes:
-    """Mail data with the dots of the transparency procedure (RFC 5321 4.5.2)."""
+    """Return mail data with the dots of the transparency procedure (RFC 5321 4.5.2)."""
     return re.sub(rb"^(?=\0?\.)", b".", data, flags=re.M)
 
 
 def unstuffed(data: bytes) -> bytes:
-    """Mail data without the dots of the transparency procedure."""
+    """Return mail data without the dots of the transparency procedure."""
     return re.sub(rb"^\.", b"", data, flags=re.M)
 
 
 def octetwise(octets: bytes) -> list[bytes]:
-    """The octets one by one."""
+    """Return the octets one by one."""
     return [octets[i : i + 1] for i in range(len(octets))]
 
 
@@ -504,17 +507,17 @@ def deliver(daemon: Daemon, data: bytes = MESSAGE, **envelope: object) -> bytes:
 
 
 def verbs(connection: Recorded) -> list[bytes]:
-    """The verbs of all command lines that the server received."""
+    """Return the verbs of all command lines that the server received."""
     return [line.split(b" ")[0].upper() for line in connection.lines]
 
 
 def status_of(daemon: Daemon) -> str:
-    """What the log says has become of the message."""
+    """Return the message's status from the log."""
     return daemon.wait_log(r"client=.*, status=(.*)$")[1]
 
 
 def saved_environment(path: Path) -> dict[bytes, bytes]:
-    """The environment that a filter has saved with `cat /proc/self/environ`."""
+    """Return the environment that a filter has saved with `cat /proc/self/environ`."""
     pairs = path.read_bytes().rstrip(b"\0").split(b"\0")
     return {name: value for name, _, value in (pair.partition(b"=") for pair in pairs)}
 
@@ -523,13 +526,13 @@ def saved_environment(path: Path) -> dict[bytes, bytes]:
 
 
 def mounted(source: object, target: str) -> list[str]:
-    """The beginning of a command line that runs with `source` mounted on `target`."""
+    """Return the first words of a command line, to run with `source` on `target`."""
     script = f'mount --bind "$0" {target} && exec "$@"'
     return ["unshare", "-m", "sh", "-c", script, str(source)]
 
 
 def can_mount() -> bool:
-    """Whether a process may have a mount namespace of its own."""
+    """Return whether a process may have a mount namespace of its own."""
     try:
         command = [*mounted("/etc/hosts", "/etc/hosts"), "true"]
         return not subprocess.run(command, check=False, capture_output=True).returncode
@@ -541,7 +544,7 @@ with_mounts = pytest.mark.skipif(not can_mount(), reason="cannot mount")
 
 
 def some_user() -> pwd.struct_passwd:
-    """An unprivileged user who probably has no processes."""
+    """Return an unprivileged user who probably has no processes."""
     for name in ("games", "nobody"):
         try:
             return pwd.getpwnam(name)
@@ -551,7 +554,7 @@ def some_user() -> pwd.struct_passwd:
 
 
 def fake_devices(place: Path, log: socket.socket) -> Path:
-    """A directory for /dev, in which `log` is the system's log."""
+    """Return a directory for /dev, in which `log` is the system's log."""
     devices = place / "dev"
     devices.mkdir()
     for name in ("null", "zero", "random", "urandom", "tty"):

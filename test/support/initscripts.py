@@ -70,7 +70,7 @@ class Machine:
             )
 
     def output(self, script: str, *arguments: object, **variables: str) -> str:
-        """What a script that must succeed writes to standard output."""
+        """Return the standard output of a script that must succeed."""
         done = self.run(script, *arguments, **variables)
         assert not done.returncode, f"{done.stdout}{done.stderr}, from:\n{script}"
         return done.stdout
@@ -81,7 +81,7 @@ class Machine:
             self.output('mount --bind "$1" "$2"', source, target)
 
     def processes(self, name: str) -> set[int]:
-        """The numbers, as the machine itself sees them, of processes of a name."""
+        """Return the machine's own numbers of the processes with a name."""
         script = "ps -e -o pid= -o comm="
         lines = (line.split(None, 1) for line in self.output(script).splitlines())
         return {int(pid) for pid, found in lines if found.strip() == name}
@@ -89,7 +89,7 @@ class Machine:
 
 @contextmanager
 def machine() -> Iterator[Machine]:
-    """A machine that is gone at the end, with all its processes."""
+    """Provide a machine that is gone at the end, with all its processes."""
     if os.geteuid() != 0:
         raise PermissionError("only root can make a machine")
     with closing(Namespace()) as network, closing(Machine(network)) as made:

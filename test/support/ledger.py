@@ -15,14 +15,14 @@ class Lost(Exception):
 
 
 def message_data(key: bytes, plan: str, size: int) -> bytes:
-    """A message as on the wire, with what the filter and the server go by."""
+    """Return a message as on the wire, with what the filter and the server go by."""
     head = b"X-Key: %s\r\nX-Plan: %s\r\n\r\n" % (key, plan.encode())
     line = b".." + key + b" was here\r\n"
     return head + line * (size // len(line) + 1)
 
 
 def key_and_plan(data: bytes) -> tuple[bytes, str]:
-    """What `message_data` was made with."""
+    """Return the key and the plan that `message_data` was made with."""
     found = re.match(rb"X-Key: (\S+)\r\nX-Plan: (\S+)\r\n", data)
     assert found, data[:200]
     return found[1], found[2].decode()

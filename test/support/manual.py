@@ -8,7 +8,7 @@ from helpers import ROOT
 
 
 def read(name: str) -> str:
-    """A document's text."""
+    """Return a document's text."""
     return (ROOT / name).read_text()
 
 
@@ -33,7 +33,7 @@ def unescaped(text: str) -> str:
 
 
 def section(name: str, title: str) -> str:
-    """The source of one section of a manual."""
+    """Return the source of one section of a manual."""
     found = re.search(
         rf'^\.S[hs] "?{re.escape(title)}"?\n(.*?)(?=^\.S[hs] |\Z)',
         read(name),
@@ -44,6 +44,6 @@ def section(name: str, title: str) -> str:
 
 
 def items(source: str, macro: str) -> list[str]:
-    """The first arguments of a list's items, for items that begin with a macro."""
+    """Return the first arguments of a list's items that begin with a macro."""
     found = re.findall(rf'^\.It {macro} (?:"(.+?)"|(\S+))', source, re.M)
     return [quoted or plain for quoted, plain in found]

@@ -1,4 +1,4 @@
-"""Servers other than Postfix to stand behind proxsmtpd: Exim and OpenSMTPD.
+"""Servers other than Postfix to stand after proxsmtpd: Exim and OpenSMTPD.
 
 Exim can stand in front of it as well: it sends mail for elsewhere.example to the
 port of this machine that `send_to` has named.
@@ -260,7 +260,7 @@ class Peer:
         return PeerError(f"{self.kind}: {problem}; its log:\n{self.log()}")
 
     def log(self) -> str:
-        """All that it has written to any of its logs."""
+        """Return all that it has written to any of its logs."""
         files = sorted((self._place / "log").iterdir())
         return "".join(file.read_text("utf-8", "replace") for file in files)
 
@@ -273,11 +273,11 @@ class Peer:
         return len(re.findall(self.kind.accepted, self.log()))
 
     def mails(self) -> list[Mail]:
-        """The delivered messages, one for each recipient, in no order."""
+        """Return the delivered messages, one for each recipient, in no order."""
         return [Mail(f.read_bytes()) for f in self._place.glob("mail/new/*")]
 
     def wait_mails(self, count: int) -> list[Mail]:
-        """The delivered messages when there are `count`; PeerError if there are not."""
+        """Return `count` delivered messages; PeerError if there are not so many."""
         if not poll(lambda: len(self.mails()) >= count, PEER_PATIENCE):
             raise self._error(f"{len(self.mails())} of {count} messages were delivered")
         mails = self.mails()
@@ -287,5 +287,5 @@ class Peer:
 
 
 def filled(text: str, values: Mapping[str, object]) -> str:
-    """The text with each `@NAME@` in it replaced by its value."""
+    """Return the text with each `@NAME@` in it replaced by its value."""
     return re.sub(r"@([A-Z_]+)@", lambda found: str(values[found[1]]), text)

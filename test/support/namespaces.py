@@ -1,4 +1,4 @@
-"""A network of three machines in one: clients, a router, and servers behind it.
+"""A network of three machines in one: clients, a router, and servers beyond it.
 
     client eth0 ------ eth0 router eth1 ------ eth0 server
 
@@ -86,7 +86,7 @@ class Namespace:
 
     @property
     def path(self) -> str:
-        """What `ip` and `nsenter` call it while it is open."""
+        """Return its path for `ip` and `nsenter` while it is open."""
         return f"/proc/{os.getpid()}/fd/{self._descriptor}"
 
     @contextmanager
@@ -120,7 +120,7 @@ class Namespace:
 
 
 def _lines(device: str, link_local: str, *machines: str) -> list[str]:
-    """What gives a device its addresses, which are those of these machines."""
+    """Return the `ip` commands that give a device these machines' addresses."""
     lengths = {IPV4: 24, IPV6: 64}
     addresses = [f"{link_local}/64"]
     for machine in machines:
@@ -137,7 +137,7 @@ def _lines(device: str, link_local: str, *machines: str) -> list[str]:
 
 
 def _lay(name: str, other: Namespace) -> str:
-    """What makes a line to another machine's eth0."""
+    """Return the `ip` command that connects to another machine's eth0."""
     return f"link add {name} type veth peer name eth0 netns {other.path}"
 
 
@@ -168,7 +168,7 @@ class Network(NamedTuple):
 
 @contextmanager
 def network() -> Iterator[Network]:
-    """The three machines, connected to each other; OSError if there can be none."""
+    """Connect the three machines to each other; OSError if there can be none."""
     with ExitStack() as at_end:
         machines = [at_end.enter_context(closing(Namespace())) for _ in range(3)]
         made = Network(*machines)

@@ -23,7 +23,7 @@ OF_LINUX = {
 
 
 def hide_proc(event: str, arguments: tuple[object, ...]) -> None:
-    """An audit hook by which there is no /proc."""
+    """Hide /proc, as an audit hook."""
     if event in ("open", "os.listdir") and str(arguments[0]).startswith("/proc"):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
 

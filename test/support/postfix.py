@@ -1,4 +1,4 @@
-"""A Postfix of the test's own, to stand before, behind or around proxsmtpd.
+"""A Postfix of the test's own, to stand before, after or around proxsmtpd.
 
 It shares nothing with the machine's Postfix but the programs: configuration, queue,
 data directory, log and mailboxes lie in one temporary directory, and its ports are
@@ -139,7 +139,7 @@ def body_of(data: bytes) -> bytes:
 
 
 def is_alive(group: int) -> bool:
-    """Whether a process of this process group still runs (a zombie does not)."""
+    """Return whether a process of this process group still runs (a zombie does not)."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, _, its_group = stat.read_text().rpartition(") ")[2].split()[:3]
@@ -158,7 +158,7 @@ class Mail:
 
     @property
     def body(self) -> bytes:
-        """Everything after the header section and its empty line."""
+        """Return everything after the header section and its empty line."""
         return self.content.partition(b"\n\n")[2]
 
     def header(self, name: str) -> str | None:
@@ -170,13 +170,13 @@ class Mail:
 
     @property
     def sender(self) -> str | None:
-        """The reverse-path that it was delivered with (``<>`` for the null sender)."""
+        """Return the reverse-path at delivery (``<>`` for the null sender)."""
         path = self.header("Return-Path")
         return path and path.strip()
 
     @property
     def recipient(self) -> str | None:
-        """The forward-path that it was delivered to."""
+        """Return the forward-path that it was delivered to."""
         return self.header("Delivered-To")
 
 

@@ -98,7 +98,7 @@ class _Ended(Exception):
 
 
 def multiline(code: bytes, lines: Sequence[bytes]) -> bytes:
-    """One reply of several lines: `250-first`, ..., `250 last`, each with CRLF."""
+    """Return a reply of several lines: `250-first`, ..., `250 last`, with CRLFs."""
     marks = [b"-"] * (len(lines) - 1) + [b" "]
     return b"".join(code + mark + line + b"\r\n" for mark, line in zip(marks, lines))
 
@@ -132,7 +132,7 @@ class Recorded:
 
     @property
     def received(self) -> bytes:
-        """Every octet that came."""
+        """Return every octet that came."""
         return bytes(self.log)
 
     def send(self, data: bytes) -> None:
@@ -155,7 +155,7 @@ class Message:
 
 
 def _listen(host: str, port: int) -> tuple[socket.socket, str]:
-    """A listening socket, and its address as proxsmtpd's settings have it."""
+    """Return a listening socket, and its address as proxsmtpd's settings have it."""
     if host.startswith("/"):
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(host)
@@ -222,17 +222,17 @@ class ScriptedServer:
                 raise AssertionError(f"not within {timeout} s; the server saw {state}")
 
     def wait_message(self, count: int = 1, timeout: float = 10) -> Message:
-        """The `count`th accepted message."""
+        """Return the `count`th accepted message."""
         self.wait_for(lambda: len(self.messages) >= count, timeout)
         return self.messages[count - 1]
 
     def wait_connection(self, count: int = 1, timeout: float = 10) -> Recorded:
-        """The `count`th accepted connection."""
+        """Return the `count`th accepted connection."""
         self.wait_for(lambda: len(self.connections) >= count, timeout)
         return self.connections[count - 1]
 
     def wait_line(self, start: bytes, timeout: float = 10) -> Recorded:
-        """The first connection with a command line that begins like this."""
+        """Return the first connection with a command line that begins like this."""
         found: list[Recorded] = []
 
         def seen() -> bool:
@@ -275,7 +275,7 @@ class ScriptedServer:
             self._start(_Dialogue(self, connection).run)
 
     def _act(self, verb: str, connection: Recorded, line: bytes) -> Action | None:
-        """What the script says to this line."""
+        """Return the script's action for this line."""
         reply = self.script.get(verb, UNKNOWN_VERB)
         if callable(reply):
             return reply(connection, line)
@@ -413,7 +413,7 @@ class _Dialogue:
         self._server._note(lambda: self._connection.log.extend(data))
 
     def _line(self) -> bytes:
-        """The next command line, without its CRLF."""
+        """Return the next command line, without its CRLF."""
         start = 0
         while (end := self._buffer.find(b"\r\n", start)) < 0:
             start = max(0, len(self._buffer) - 1)
@@ -451,7 +451,7 @@ def parse_address(address: str) -> tuple[str, int] | str:
 def _connect(
     where: str | tuple[str, int], timeout: float, source: tuple[str, int] | None
 ) -> socket.socket:
-    """A connection to the address, from the source address if one is given."""
+    """Return a connection to the address, from the source address if one is given."""
     if isinstance(where, str):
         sock = socket.socket(socket.AF_UNIX)
         sock.settimeout(timeout)
@@ -492,7 +492,7 @@ class RawClient:
         self.sock.sendall(data)
 
     def reply(self) -> bytes:
-        """One whole reply, all its lines, with their CRLFs."""
+        """Return one whole reply, all its lines, with their CRLFs."""
         lines = [self.line()]
         while lines[-1][3:4] == b"-":
             lines.append(self.line())
@@ -501,7 +501,7 @@ class RawClient:
         return reply
 
     def line(self) -> bytes:
-        """One line of a reply, with its line end."""
+        """Return one line of a reply, with its line end."""
         start = 0
         while (end := self._buffer.find(b"\n", start)) < 0:
             start = len(self._buffer)
@@ -580,7 +580,7 @@ class RawClient:
         return self.command(b".")
 
     def eof(self) -> bool:
-        """Whether the connection ends within the time out; no octet may come."""
+        """Return whether the connection ends within the time out; no octet may come."""
         try:
             rest = bytes(self._buffer) + self.sock.recv(BLOCK)
         except ConnectionResetError:
@@ -591,7 +591,7 @@ class RawClient:
         return True
 
     def rest(self) -> bytes:
-        """All octets until the connection ends."""
+        """Return all octets until the connection ends."""
         deadline = time.monotonic() + self.timeout
         while time.monotonic() < deadline:
             try:

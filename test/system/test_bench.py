@@ -25,7 +25,7 @@ def run_bench(output: Path, *arguments: str) -> subprocess.CompletedProcess[str]
 
 
 def row(report: str, table: str, title: str) -> list[str]:
-    """The numbers of a line in the table whose header begins so."""
+    """Return the numbers of a line in the table whose header begins so."""
     lines = report.split(f"\n{table} ", 1)[1].splitlines()
     return next(line for line in lines if line.startswith(title)).split()[2:]
 

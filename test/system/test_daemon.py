@@ -63,7 +63,7 @@ usage: proxsmtpd [-d debuglevel] [-f configfile] [-p pidfile]
 
 @pytest.fixture
 def config(tmp_path: Path) -> Callable[[str], Path]:
-    """A factory of configuration files: text in, path out."""
+    """Provide a factory of configuration files: text in, path out."""
 
     def make(text: str) -> Path:
         path = tmp_path / "proxsmtpd.conf"
@@ -102,7 +102,7 @@ def test_version() -> None:
 
 
 @pytest.mark.parametrize("path", ["/dev/full", "/dev/null"])
-def test_version_is_written_or_that_it_is_not_is_said(path: str) -> None:
+def test_version_with_full_output(path: str) -> None:
     with open(path, "wb") as output:
         result = subprocess.run(
             [*program_under_test(), "-v"],
@@ -160,7 +160,7 @@ NOT_WARNED = (
 
 @pytest.mark.parametrize("line", NOT_WARNED)
 def test_check_does_not_warn(line: str, config: Callable[[str], Path]) -> None:
-    """Of a command that is found, or that only the shell understands."""
+    """The command is found, or only the shell understands it."""
     result = run("-t", "-f", config(f"OutAddress: 25\n{line}\n"))
     assert (result.stdout, result.stderr) == ("configuration is OK\n", "")
 
@@ -174,7 +174,7 @@ def test_check_warns_of_both_addresses(config: Callable[[str], Path]) -> None:
 def test_check_of_a_filter_in_the_callers_directory(
     config: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """The daemon looks for it in its own, which is / but for -d."""
+    """The daemon looks for it in its own, which is / except with -d."""
     (tmp_path / "filter").write_text("#!/bin/sh\n")
     (tmp_path / "filter").chmod(0o755)
     path = config("OutAddress: 25\nFilterCommand: ./filter\n")
@@ -214,7 +214,7 @@ def test_check_of_a_program_that_is_there(
 def test_check_of_a_program_for_the_user(
     mode: int, directory_mode: int, is_warned: bool, config: Callable[[str], Path]
 ) -> None:
-    """What root may run is not asked for."""
+    """The user has to be able to run it, not root."""
     with tempfile.TemporaryDirectory() as place:
         program = Path(place) / "filter"
         program.write_text("#!/bin/sh\n")
@@ -433,7 +433,7 @@ def test_out_address_is_required(config: Callable[[str], Path]) -> None:
 
 
 def greeted(address: str) -> bool:
-    """Whether a client of this address is served."""
+    """Return whether a client of this address is served."""
     with RawClient(address) as client:
         return client.reply() == GREETING
 
@@ -447,7 +447,7 @@ def test_listen_on_a_port(proxsmtpd: StartDaemon) -> None:
 
 
 def is_localhost_known() -> bool:
-    """Whether localhost has its IPv4 address, as /etc/hosts gives it mostly."""
+    """Return whether localhost has its IPv4 address, as /etc/hosts gives it mostly."""
     try:
         return socket.gethostbyname("localhost") == "127.0.0.1"
     except OSError:
@@ -509,7 +509,7 @@ def test_stale_unix_socket_is_replaced(proxsmtpd: StartDaemon, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kind", ["file", "directory", "link", "fifo"])
-def test_what_is_no_socket_stays(
+def test_other_file_at_the_sockets_path_stays(
     kind: str, config: Callable[[str], Path], tmp_path: Path
 ) -> None:
     path = tmp_path / "precious"
@@ -605,7 +605,7 @@ def test_connect_back_over_ipv6(
 
 
 @with_mounts
-def test_names_are_resolved_anew_and_all_addresses_tried(
+def test_names_are_resolved_again_and_all_addresses_tried(
     make_server: MakeServer, proxsmtpd: StartDaemon, tmp_path: Path
 ) -> None:
     server = make_server(host="127.0.0.9")
@@ -680,7 +680,7 @@ def test_process_is_called_proxsmtpd(detach: Detach) -> None:
 
 
 def test_started_without_standard_descriptors(detach: Detach) -> None:
-    """As by an init script that closes them; a socket must not become number 2."""
+    """An init script may close them; a socket must not become number 2."""
 
     def close_all() -> None:
         for number in range(3):
@@ -936,19 +936,19 @@ def test_long_queue(proxsmtpd: StartDaemon) -> None:
 
 
 def cpu_seconds(daemon: Daemon) -> float:
-    """The processor time that a process has used until now."""
+    """Return the processor time that a process has used until now."""
     text = Path(f"/proc/{daemon.process.pid}/stat").read_text()
     words = text.rpartition(")")[2].split()
     return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def limited(what: int, number: int) -> Callable[[], None]:
-    """What sets a limit of a process before it is started."""
+    """Return a preexec_fn that sets a limit."""
     return lambda: resource.setrlimit(what, (number, number))
 
 
 def test_limit_of_descriptors_is_raised(proxsmtpd: StartDaemon) -> None:
-    """To what the manual says that so many connections need."""
+    """The limit is the manual's number for so many connections."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     daemon = proxsmtpd(
         {"MaxConnections": 30},
@@ -984,7 +984,7 @@ def test_no_descriptors_left(proxsmtpd: StartDaemon) -> None:
 
 
 def received(client: RawClient) -> bytes:
-    """What a client has received until now."""
+    """Return the octets that a client has received until now."""
     client.sock.setblocking(False)
     try:
         return client.sock.recv(4096)
@@ -1032,7 +1032,7 @@ def test_memory_runs_out(server: ScriptedServer, config: Callable[[str], Path]) 
 def end_of_starved(
     limit: int, server: ScriptedServer, config: Callable[[str], Path]
 ) -> int | None:
-    """The exit status of a daemon with so much memory; None if it cannot start."""
+    """Return the exit status with so much memory; None if it cannot start."""
     with reserve_port() as holder:
         address = f"127.0.0.1:{port_of(holder)}"
         settings = f"OutAddress: {server.address}\nFilterCommand: cat\n"
@@ -1082,7 +1082,7 @@ def crowd(address: str, clients: int, seconds: float) -> None:
 
 
 def test_sigchld_ignored_by_the_parent(proxsmtpd: StartDaemon) -> None:
-    """As some service managers and nohup wrappers leave it."""
+    """Some service managers and nohup wrappers leave it so."""
     program = ["env", "--ignore-signal=CHLD", *program_under_test()]
     daemon = proxsmtpd({"FilterCommand": "cat"}, program=program)
     assert daemon.connect().message(MESSAGE) == QUEUED
@@ -1184,7 +1184,7 @@ def test_start_that_waits_for_its_pid_file(
 def test_pid_file_that_is_a_device(
     stays: bool, proxsmtpd: StartDaemon, tmp_path: Path
 ) -> None:
-    """As -p /dev/null is given where none is wanted: it must not be replaced."""
+    """Some give -p /dev/null for no pid file: the device must not be replaced."""
     null = tmp_path / "null"
     os.mknod(null, stat.S_IFCHR | 0o666, os.makedev(1, 3))
     args = ["-p", null] if stays else []
@@ -1239,7 +1239,7 @@ def test_pid_file_that_is_a_fifo(proxsmtpd: StartDaemon, tmp_path: Path) -> None
 
 
 def test_inherited_descriptors_are_closed(proxsmtpd: StartDaemon) -> None:
-    """Also one that the caller waits on for its end."""
+    """The caller may wait for the end of one of them."""
     read_end, write_end = os.pipe()
     proxsmtpd(pass_fds=[write_end])
     os.close(write_end)
@@ -1284,7 +1284,7 @@ def test_levels(
         assert not re.search(hidden, daemon.log(), re.M)
 
 
-def test_no_filter_is_said_once(proxsmtpd: StartDaemon) -> None:
+def test_missing_filter_is_logged_once(proxsmtpd: StartDaemon) -> None:
     daemon = proxsmtpd()
     client = daemon.connect()
     client.message(MESSAGE)
@@ -1298,7 +1298,7 @@ def test_no_filter_is_said_once(proxsmtpd: StartDaemon) -> None:
 @as_root
 @with_mounts
 def test_syslog(detach: Detach, place: Path) -> None:
-    """As a daemon: facility mail, ident proxsmtpd, and everything but debug."""
+    """A daemon logs to facility mail, as proxsmtpd, everything but debug."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as log:
         log.settimeout(PATIENCE)
         program = mounted(fake_devices(place, log), "/dev")
@@ -1427,7 +1427,7 @@ def test_signal_for_the_parent_of_a_starting_daemon(
 
 
 def full_pipe() -> tuple[int, int]:
-    """A pipe's two ends; whoever writes more to it has to wait."""
+    """Return a pipe's two ends; whoever writes more to it has to wait."""
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
     with contextlib.suppress(BlockingIOError):

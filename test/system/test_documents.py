@@ -45,7 +45,7 @@ MESSAGE = b"From: a@example.com\r\nSubject: Hello\r\n\r\nSubject: not a header\r
 
 
 def literal_blocks(name: str) -> list[str]:
-    """The literal displays of a document, unindented: mdoc's, or indented text."""
+    """Return the literal displays of a document, unindented."""
     text = read(name)
     if name == "README":
         blocks = re.findall(r"(?:^ {4}.*\n)+", text, re.M)
@@ -55,7 +55,7 @@ def literal_blocks(name: str) -> list[str]:
 
 
 def is_configuration(block: str) -> bool:
-    """Whether a literal block is a configuration of proxsmtpd."""
+    """Return whether a literal block is a configuration of proxsmtpd."""
     lines = [ln for ln in block.splitlines() if ln and not ln.startswith("#")]
     return bool(lines) and all(
         re.match(r"([A-Za-z]+):", ln) and ln.split(":")[0] in SETTING_NAMES
@@ -64,7 +64,7 @@ def is_configuration(block: str) -> bool:
 
 
 def configurations(name: str) -> list[str]:
-    """A document's example configurations; one without OutAddress gets one."""
+    """Return a document's example configurations; one without OutAddress gets one."""
     if name.endswith(".sample"):
         return [read(name)]
     return [
@@ -75,7 +75,7 @@ def configurations(name: str) -> list[str]:
 
 
 def scripts(name: str) -> list[str]:
-    """What stands in a document as whole scripts."""
+    """Return the literal blocks of a document that are whole scripts."""
     return [block for block in literal_blocks(name) if block.startswith("#!")]
 
 
@@ -85,7 +85,7 @@ def run_program(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def uncommented(sample: str) -> str:
-    """The sample with its settings in force, as if each line's # was taken off."""
+    """Return the sample with the # taken off each setting."""
     return re.sub(r"^#(?=[A-Za-z]+: )", "", sample, flags=re.M)
 
 
@@ -141,7 +141,7 @@ def test_documents_have_the_examples_that_these_tests_are_about() -> None:
 
 
 def check(text: str, directory: Path) -> tuple[int, str]:
-    """What the program says of a configuration: exit status and output."""
+    """Return the exit status and the output of -t for a configuration."""
     config = directory / "proxsmtpd.conf"
     config.write_text(text)
     result = run_program("-t", "-f", str(config))
@@ -175,7 +175,7 @@ def run_script(text: str, directory: Path, **env: str) -> tuple[int, bytes, byte
 
 
 def script_with(name: str, words: str) -> str:
-    """The one script of a document that contains these words."""
+    """Return the one script of a document that contains these words."""
     (script,) = (text for text in scripts(name) if words in text)
     return script
 
@@ -214,7 +214,7 @@ def test_virus_filter_of_the_manual(
 
 
 def attachment(parameters: str, kind: str = "application/octet-stream") -> str:
-    """A message with an attachment whose Content-Disposition has these parameters."""
+    """Return a message with an attachment, whose Content-Disposition has these."""
     return (
         "Subject: x\r\nMIME-Version: 1.0\r\nContent-Type: multipart/mixed; "
         f'boundary="b"\r\n\r\n--b\r\nContent-Type: {kind}\r\n'
@@ -302,7 +302,7 @@ def test_first_filter_of_the_readme(
 
 # --- Postfix ---
 
-PORTS = ("10025", "10026")  # of proxsmtpd, and of Postfix behind it
+PORTS = ("10025", "10026")  # of proxsmtpd, and of Postfix after it
 POSTFIX_EXAMPLES = ("Postfix, after the queue", "Postfix, before the queue")
 MARKING = """\
 if [ "$SENDER" = mallory@example.com ]; then
@@ -324,13 +324,13 @@ class Quoted(Service):
 
 
 def quoted_services(text: str) -> list[Service]:
-    """The services in a piece of master.cf."""
+    """Return the services in a piece of master.cf."""
     entries = re.findall(r"^\S.*\n(?:[ \t]+.*\n)*", text, re.M)
     return [Quoted(e.split()[0], e.split()[1], "", text=e) for e in entries]
 
 
 def postfix_example(title: str, ports: Mapping[str, str]) -> dict[str, str]:
-    """The parts of a Postfix example, with the ports of a test in them.
+    """Return the parts of a Postfix example, with the ports of a test in them.
 
     They are the configuration of proxsmtpd, main.cf (maybe empty) and master.cf.
     """
@@ -344,7 +344,7 @@ def postfix_example(title: str, ports: Mapping[str, str]) -> dict[str, str]:
 
 @contextmanager
 def postfix_of(example: Mapping[str, str], entrance: int) -> Iterator[PrivatePostfix]:
-    """A Postfix that is set up as the example says, with its port 25 elsewhere."""
+    """Return a Postfix set up as the example says, with its port 25 elsewhere."""
     master = re.sub(r"^smtp ", f"127.0.0.1:{entrance} ", example["master"], flags=re.M)
     services = quoted_services(master)
     if master == example["master"]:
@@ -397,7 +397,7 @@ def check_postfix_example(
 
 
 def assert_refused(title: str, postfix: PrivatePostfix, entrance: int) -> None:
-    """A message that the filter refuses: told to the client, or bounced."""
+    """Check that the client, or a bounce, has the filter's refusal."""
     refusal = "550 5.7.1 We do not like you"
     with smtplib.SMTP("127.0.0.1", entrance, "client.example") as client:
         client.ehlo()
@@ -412,7 +412,7 @@ def assert_refused(title: str, postfix: PrivatePostfix, entrance: int) -> None:
         assert refusal.encode() in b" ".join(bounce.body.split())
 
 
-def test_postfix_waits_for_longer_than_all_that_is_behind_it() -> None:
+def test_postfix_waits_longer_than_proxsmtpd() -> None:
     """The whole run of the filter, and the server's answers to DATA and message."""
     example = postfix_example("Postfix, before the queue", {})
     limits = r"timeout -s KILL (\d+) |^TimeOut: (\d+)|smtpd_proxy_timeout=(\d+)s"
@@ -501,14 +501,14 @@ def check_init_script(script: Path, holder: socket.socket) -> None:
 
 
 def units() -> list[str]:
-    """The systemd units in the manual: two whole ones, and a part of one."""
+    """Return the systemd units in the manual: two whole ones, and a part of one."""
     blocks = literal_blocks("proxsmtpd.8")
     return [block for block in blocks if re.match(r"\[(Unit|Service)\]\n", block)]
 
 
 @pytest.mark.parametrize("unit", units())
 def test_unit_of_the_manual_starts_the_program(unit: str) -> None:
-    """In the way that its Type is about, and with no line twice."""
+    """The command line fits the unit's Type, and no line stands twice."""
     parser = configparser.ConfigParser(interpolation=None)
     parser.read_string(unit)
     service = parser["Service"]
@@ -558,7 +558,7 @@ def test_manual_quotes_the_replies_of_the_verdict(reply: str) -> None:
 
 
 def replies_of_the_program() -> list[str]:
-    """All the replies that stand at the top of the module."""
+    """Return all the replies that stand at the top of the module."""
     texts = (value for name, value in vars(program).items() if name.isupper())
     lines = (
         program.to_text(text).rstrip("\r\n") if isinstance(text, bytes) else str(text)
@@ -608,7 +608,7 @@ def test_readme_names_two_commands_to_try() -> None:
 
 
 def test_manuals_refer_to_sections_that_exist() -> None:
-    """As `section` sees to."""
+    """`section` fails for one that does not."""
     for name in ("proxsmtpd.8", "proxsmtpd.conf.5"):
         for title in re.findall(r"^\.Sx (.*?)(?: [.,;])?$", read(name), re.M):
             section(name, title)
@@ -665,7 +665,7 @@ TEXTS = [re.compile(t) for t in {*literals(SOURCE), *COMPLAINTS} if t.strip("(.*
 
 
 def can_be_made(text: str) -> bool:
-    """Whether a text is a literal of the program, with others in its gaps."""
+    """Return whether a text is a literal of the program, with others in its gaps."""
     if not re.search("[a-z]", text):
         return True
     matches = (literal.fullmatch(text) for literal in TEXTS)

@@ -72,7 +72,7 @@ KINDS_OF_END = ("passed", "dropped", "refused", "broken")
 
 
 class Result(NamedTuple):
-    """What the output says of one message."""
+    """The output on one message."""
 
     name: str
     environment: dict[str, str]
@@ -127,7 +127,7 @@ class DryRun(NamedTuple):
 
     @property
     def counts(self) -> dict[str, int]:
-        """The summary, without what did not happen."""
+        """Return the summary, without what did not happen."""
         kinds = ", ".join(rf"(\d+) {kind}" for kind in KINDS_OF_END)
         form = rf"== messages: (\d+); {kinds}"
         match = re.fullmatch(form, self.output.splitlines()[-1])
@@ -138,7 +138,7 @@ class DryRun(NamedTuple):
 
 
 def is_plain(text: bytes) -> bool:
-    """Whether text can do no harm to any terminal."""
+    """Return whether text can do no harm to any terminal."""
     return re.fullmatch(rb"[ -~\n]*", text) is not None
 
 
@@ -226,7 +226,7 @@ def dry_run(workspace: Workspace) -> StartDryRun:
 # --- What becomes of a message ---
 
 
-def test_all_that_is_said(dry_run: StartDryRun) -> None:
+def test_whole_output(dry_run: StartDryRun) -> None:
     result = dry_run({"FilterCommand": "sed s/Hello/Goodbye/"}, MESSAGE)
     output = re.sub(r"\d+\.\d{3} s", "N s", result.output)
     temporary = f"{output.partition('TMPDIR=')[2].splitlines()[0]}"
@@ -375,7 +375,7 @@ def test_changes(name: str, dry_run: StartDryRun) -> None:
 
 
 def test_change_that_looks_like_none(dry_run: StartDryRun) -> None:
-    """What is printed alike, an octet and its name, is not the same."""
+    """An octet and its printed name look alike and are not the same."""
     message = MESSAGE + b"caf\xe9\r\n"
     command = r"sed 's/\xe9/\\xe9/'"
     result = dry_run({"FilterCommand": command}, message, env={"LC_ALL": "C"})
@@ -575,7 +575,7 @@ def test_strange_messages(message: bytes, dry_run: StartDryRun) -> None:
 
 
 def test_large_messages(dry_run: StartDryRun) -> None:
-    """In the time that a terminal's user may wait."""
+    """Megabytes take no longer than the user of a terminal may wait."""
     lines = b"".join(b"%070d\r\n" % number for number in range(60_000))
     result = dry_run(
         {"FilterCommand": "sed s/Hello/Goodbye/", **HEADER}, MESSAGE + lines
@@ -669,9 +669,7 @@ def test_environment_of_examples_header_and_caller(dry_run: StartDryRun) -> None
     assert result.only.environment == {**GIVEN, **temporary}
 
 
-def test_what_is_shown_is_what_the_filter_has(
-    dry_run: StartDryRun, tmp_path: Path
-) -> None:
+def test_environment_shown_is_the_filters(dry_run: StartDryRun, tmp_path: Path) -> None:
     saved = tmp_path / "environ"
     given: dict[str, Union[str, bytes]] = {**GIVEN, "OTHER": "kept"}
     given["SENDER"] = b"caf\xe9\x1b[2J@example.com"
@@ -738,7 +736,7 @@ MODES = {"enforce": {}, "pass": PASS, "observe": OBSERVE}
 
 
 def all_cases(kind: str) -> dict[str, str]:
-    """The commands of all cases for a type of filter, by a name for each."""
+    """Return the commands of all cases for a type of filter, by a name for each."""
     table = {**VERDICTS, **FAILURES, "terminated": both("kill -TERM $$", "")}
     # Only a command of the configuration can be too long for the system.
     commands = [table[name].command(kind) for name in table if name != "cannot start"]
@@ -755,7 +753,7 @@ def changes_between(name: str, before: bytes, after: bytes) -> list[str]:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_daemon_says_the_same(
+def test_daemon_does_the_same(
     kind: str,
     mode: str,
     workspace: Workspace,
@@ -844,7 +842,7 @@ class Running:
         )
 
     def line(self) -> bytes:
-        """The next line of what it says."""
+        """Return the next line of what it says."""
         assert self.process.stdout
         return self.process.stdout.readline()
 
@@ -854,7 +852,7 @@ class Running:
         assert any(text in line for line in self.process.stderr)
 
     def rest(self) -> tuple[bytes, bytes]:
-        """What it says, which is not much, until its end, and its errors."""
+        """Wait for its end; returns the rest of its output and its errors."""
         assert self.process.stdout
         assert self.process.stderr
         self.process.wait(PATIENCE)
@@ -864,7 +862,7 @@ class Running:
         return output, errors
 
     def left(self) -> list[str]:
-        """What there is of it in TempDirectory, and which processes."""
+        """List its files in TempDirectory and its processes."""
         files = [path.name for path in self._tempdir.iterdir()]
         return files + list(marked_processes(self._mark).values())
 
@@ -898,7 +896,7 @@ def start(workspace: Workspace) -> Iterator[Start]:
 
 
 def test_reader_that_has_seen_enough(start: Start, tmp_path: Path) -> None:
-    """As by ``| head -1``: it ends without a word."""
+    """It ends silently when the reader, like ``head -1``, goes."""
     go = tmp_path / "go"
     os.mkfifo(go)
     running = start(
@@ -958,7 +956,7 @@ def test_interrupt_while_it_reads(start: Start) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_termination(number: signal.Signals, start: Start, tmp_path: Path) -> None:
-    """As by timeout(1), or by the end of the terminal."""
+    """SIGTERM comes from timeout(1), SIGHUP from the end of the terminal."""
     ready = tmp_path / "ready"
     settings = {"FilterCommand": f": >{ready}; exec sleep 60", "FilterType": "file"}
     running = start(settings, MESSAGE)
@@ -1027,7 +1025,7 @@ def test_check_with_descriptors_closed(how: str, workspace: Workspace) -> None:
 
 
 def test_filter_runs_where_the_daemons_does(workspace: Workspace) -> None:
-    """In / unless -d keeps the daemon where it is; messages are the caller's."""
+    """Its directory is / unless -d is given; messages are found in the caller's."""
     saved = workspace.place / "directory"
     (workspace.place / "here.eml").write_bytes(MESSAGE)
     settings = {"FilterCommand": f"pwd >{saved}; env | grep ^PWD= >>{saved}; cat"}
@@ -1039,7 +1037,7 @@ def test_filter_runs_where_the_daemons_does(workspace: Workspace) -> None:
 
 
 def test_check_in_limited_time(workspace: Workspace, make_server: MakeServer) -> None:
-    """Whatever the server does, and however slowly."""
+    """It takes seconds, however slow the server is."""
     drops = [b"220-x\r\n"] * 100
     server = make_server({"GREETING": Chunks(drops, 0.5)})
     command = workspace.command({"OutAddress": server.address})
@@ -1146,7 +1144,7 @@ SERVERS = {
 def check(
     dry_run: StartDryRun, settings: Mapping[str, object], most: float = 15
 ) -> list[str]:
-    """What `-t` warns of, about OutAddress; nothing of it changes its exit status.
+    """Return the warnings of `-t` about OutAddress; the exit status stays 0.
 
     It has done so within `most` seconds.
     """

@@ -107,19 +107,19 @@ class Site:
         return self.machine.run('exec "$1" "$2"', INIT_SCRIPT, action)
 
     def processes(self) -> set[int]:
-        """The numbers of all proxsmtpd there are."""
+        """Return the numbers of all proxsmtpd there are."""
         return self.machine.processes("proxsmtpd")
 
     def pid(self, name: str) -> int:
-        """The number in the pid file that Debian's script gives a configuration."""
+        """Return the number in the pid file of Debian's script for a configuration."""
         return int(self.machine.output(f"cat /run/proxsmtp/{name}.pid"))
 
     def pids(self) -> set[int]:
-        """The numbers in all these pid files."""
+        """Return the numbers in all these pid files."""
         return {self.pid(path.stem) for path in self.configurations.iterdir()}
 
     def pid_files(self) -> str:
-        """What is in the pid files that there are, all in one."""
+        """Return the content of all pid files, joined."""
         return self.machine.output("cat /run/proxsmtp/*.pid 2>/dev/null || :")
 
     def kill(self) -> None:
@@ -128,19 +128,19 @@ class Site:
         assert poll(lambda: not self.processes())
 
     def connect(self, name: str) -> RawClient:
-        """A client of a configuration; an OSError if nobody listens."""
+        """Return a client of a configuration; an OSError if nobody listens."""
         with self.machine.network.inside():
             return RawClient(f"127.0.0.1:{PORTS[name]}")
 
     def serves(self, name: str) -> bool:
-        """Whether a message gets through the proxy that has this configuration."""
+        """Return whether a message gets through the proxy of this configuration."""
         before = len(self.server.messages)
         with self.connect(name) as client:
             assert client.message(MESSAGE) == QUEUED
         return f"X-Proxy: {name}".encode() in self.server.messages[before].data
 
     def is_down(self, name: str) -> bool:
-        """Whether nobody listens where this configuration says."""
+        """Return whether nobody listens where this configuration says."""
         try:
             self.connect(name).close()
         except ConnectionRefusedError:
@@ -150,7 +150,7 @@ class Site:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The program as `make install` leaves it; nobody writes to it."""
+    """Provide the program as `make install` leaves it; nobody writes to it."""
     root = tmp_path_factory.mktemp("root")
     make("install", root, python=SYSTEM_PYTHON)
     return root / INSTALLED
@@ -158,7 +158,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def site(installed: Path, tmp_path: Path, make_server: MakeServer) -> Iterator[Site]:
-    """A machine on which nothing runs yet."""
+    """Provide a machine on which nothing runs yet."""
     with ExitStack() as at_end:
         try:
             host = at_end.enter_context(machine())
@@ -174,7 +174,7 @@ def site(installed: Path, tmp_path: Path, make_server: MakeServer) -> Iterator[S
 
 @pytest.fixture
 def debian(site: Site) -> Site:
-    """A machine where Debian's init script finds ours, with two configurations."""
+    """Provide a machine where Debian's init script finds two configurations."""
     site.take_debians_place()
     for name in PAIR:
         site.configure(name)
@@ -231,7 +231,7 @@ def test_debian_restart_starts_what_does_not_run(debian: Site) -> None:
 
 @with_debians_script
 def test_debian_second_start(debian: Site) -> None:
-    """Whatever it says of that, those that run go on, and stop can find them."""
+    """The running daemons go on, whatever the script prints, and stop finds them."""
     debian.init("start")
     before = {name: debian.pid(name) for name in PAIR}
     debian.init("start")
@@ -267,7 +267,7 @@ STALE = {
 @pytest.mark.parametrize("action", ["start", "restart"])
 @pytest.mark.parametrize("left", STALE.values(), ids=STALE)
 def test_debian_start_after_a_crash(left: str, action: str, debian: Site) -> None:
-    """Whatever the pid file holds it neither hinders nor hurts anybody."""
+    """A stale pid file neither hinders the start nor hurts another process."""
     assert debian.init("start").returncode == 0
     before = debian.pids()
     debian.kill()
@@ -336,7 +336,7 @@ class Manner(NamedTuple):
     end: str
 
     def script(self) -> str:
-        """An init script; $1 is the program, $2 its configuration, $3 what to do."""
+        """Return an init script: $1 is the program, $2 the configuration."""
         return f"""
             . {LSB_FUNCTIONS}
             set +e
@@ -379,7 +379,7 @@ def test_other_scripts(manner: Manner, site: Site) -> None:
         return site.machine.run(manner.script(), site.program, path, action)
 
     def running() -> int:
-        """The one number that status has, that is in the pid file, and that is."""
+        """Return the number that is in status, in the pid file and in use."""
         status = init("status")
         assert status.returncode == 0
         assert status.stdout.strip() == site.machine.output(f"cat {pid_file}").strip()
@@ -408,7 +408,7 @@ def test_other_scripts(manner: Manner, site: Site) -> None:
 
 
 def unit(path: str) -> configparser.SectionProxy:
-    """The section of a unit that says how to run it."""
+    """Return the section of a unit that says how to run it."""
     parser = configparser.ConfigParser(interpolation=None, strict=False)
     parser.optionxform = str  # type: ignore[assignment, method-assign]
     parser.read(path)
@@ -416,7 +416,7 @@ def unit(path: str) -> configparser.SectionProxy:
 
 
 def confined(service: configparser.SectionProxy) -> list[str]:
-    """The beginning of a command line that runs with the rights of a unit."""
+    """Return the beginning of a command line that runs with the rights of a unit."""
     rights = ["-all"]
     rights += [
         f"+{name.removeprefix('CAP_').lower()}"
@@ -467,7 +467,7 @@ def test_debian_unit(site: Site) -> None:
 
 
 class Notice(NamedTuple):
-    """What came through the socket, and from whom."""
+    """A datagram from the socket, and its sender."""
 
     text: bytes
     pid: int
@@ -475,7 +475,7 @@ class Notice(NamedTuple):
 
 
 class Manager:
-    """The end of systemd that services tell how they are."""
+    """The end of systemd that services notify."""
 
     def __init__(self, name: str) -> None:
         """Listen at a path, or at `@name` in the abstract namespace."""
@@ -501,11 +501,11 @@ class Manager:
 
     @property
     def env(self) -> Mapping[str, str]:
-        """What the service gets into its environment."""
+        """Return the variables that the service gets."""
         return {"NOTIFY_SOCKET": self.name}
 
     def notice(self) -> Notice:
-        """The next one, waited for."""
+        """Wait for the next notice and return it."""
         form = struct.Struct("3i")
         space = socket.CMSG_SPACE(form.size)
         text, ((_, _, credentials),), _, _ = self._sock.recvmsg(4096, space)
@@ -513,7 +513,7 @@ class Manager:
         return Notice(text, pid, uid)
 
     def has_nothing(self) -> bool:
-        """Whether nothing more has come until now."""
+        """Return whether nothing more has come until now."""
         self._sock.setblocking(False)
         try:
             return not self._sock.recv(4096)
@@ -525,7 +525,7 @@ class Manager:
 
 @pytest.fixture
 def public() -> Iterator[Path]:
-    """A directory that every user can get at (pytest's own are its user's)."""
+    """Provide a directory that every user can get at (pytest's own are its user's)."""
     with tempfile.TemporaryDirectory(prefix="proxsmtpd-test-") as name:
         path = Path(name)
         path.chmod(0o755)
@@ -534,7 +534,7 @@ def public() -> Iterator[Path]:
 
 @pytest.fixture(params=["path", "abstract"])
 def manager(request: pytest.FixtureRequest, public: Path) -> Iterator[Manager]:
-    """A manager of each kind."""
+    """Provide a manager of each kind."""
     abstract = request.param == "abstract"
     name = f"@proxsmtpd-test-{uuid.uuid4().hex}" if abstract else f"{public}/notify"
     with closing(Manager(name)) as made:
@@ -543,7 +543,7 @@ def manager(request: pytest.FixtureRequest, public: Path) -> Iterator[Manager]:
 
 @as_root
 def test_ready(manager: Manager, proxsmtpd: StartDaemon, tmp_path: Path) -> None:
-    """When it says so it accepts, has its pid file and is the user it is to be."""
+    """At READY it accepts, has its pid file and is the configured user."""
     pid_file = tmp_path / "pid"
     settings = {"User": "nobody", "PidFile": pid_file}
     daemon = proxsmtpd(settings, wait=False, env=manager.env)
@@ -561,7 +561,7 @@ def test_ready(manager: Manager, proxsmtpd: StartDaemon, tmp_path: Path) -> None
     assert manager.has_nothing()
 
 
-def test_stopping_is_told_first(manager: Manager, proxsmtpd: StartDaemon) -> None:
+def test_stopping_is_notified_first(manager: Manager, proxsmtpd: StartDaemon) -> None:
     """A message under way finishes after that."""
     daemon = proxsmtpd(env=manager.env)
     assert manager.notice().text == b"READY=1"
@@ -625,7 +625,7 @@ NAMES = {
 
 @pytest.fixture
 def deaf(public: Path) -> Iterator[Path]:
-    """A directory of what takes no notice."""
+    """Provide a directory of what takes no notice."""
     (public / "file").touch()
     with socket.socket(socket.AF_UNIX) as stream:
         stream.bind(f"{public}/stream")
@@ -660,7 +660,7 @@ def test_busy_manager(public: Path, proxsmtpd: StartDaemon) -> None:
 
 @pytest.fixture
 def detach(public: Path, server: ScriptedServer) -> Iterator[Detach]:
-    """A factory of daemons without -d; see `DetachedFactory`."""
+    """Provide a factory of daemons without -d; see `DetachedFactory`."""
     (public / "temp").mkdir()
     factory = DetachedFactory(public, server)
     yield factory

@@ -53,7 +53,7 @@ def fails(
 
 
 def modes(place: Path, wanted: Callable[[Path], bool]) -> dict[str, int]:
-    """What of this kind is below a directory, with the modes."""
+    """Return the entries of this kind below a directory, with their modes."""
     return {
         str(path.relative_to(place)): stat.S_IMODE(path.stat().st_mode)
         for path in place.rglob("*")
@@ -62,13 +62,13 @@ def modes(place: Path, wanted: Callable[[Path], bool]) -> dict[str, int]:
 
 
 def files(place: Path) -> dict[str, int]:
-    """The files below a directory, with their modes."""
+    """Return the files below a directory, with their modes."""
     return modes(place, Path.is_file)
 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """The root of a tree in which it is installed."""
+    """Provide the root of a tree in which it is installed."""
     root = tmp_path / "root"
     make("install", root)
     return root
@@ -253,7 +253,7 @@ def test_runs_isolated_and_without_a_home(
 
 
 def test_process_has_the_programs_name(place: Path, proxsmtpd: StartDaemon) -> None:
-    """As ps, pgrep -x and killproc need it."""
+    """ps, pgrep -x and killproc find it by that name."""
     daemon = proxsmtpd(program=[str(place / INSTALLED)])
     assert Path(f"/proc/{daemon.process.pid}/comm").read_text() == "proxsmtpd\n"
 

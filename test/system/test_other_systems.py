@@ -1,4 +1,4 @@
-"""The main job on a system that has nothing of what is Linux's own.
+"""The main functions on a system without Linux's own calls.
 
 These are tests of other modules, with the program run by support/other_system.py.
 """
@@ -42,7 +42,7 @@ def test_statistics_of_what_can_be_counted(proxsmtpd: StartDaemon) -> None:
 def test_filters_get_no_inherited_descriptor(
     proxsmtpd: StartDaemon, tmp_path: Path
 ) -> None:
-    """Not even where /dev/fd has the standard ones only."""
+    """This holds also where /dev/fd has the standard ones only."""
     saved = tmp_path / "descriptors"
     command = f"ls /proc/self/fd >{saved}; cat"
     with open(os.devnull) as inherited:

@@ -46,14 +46,14 @@ def log_lines() -> LogLines:
 
 @pytest.fixture
 def process(log_lines: LogLines) -> FilterRun:
-    """A filter's process that has not been started."""
+    """Provide a filter's process that has not been started."""
     config, _ = program.parse_config(b"OutAddress: 25\n", "")
     shared = program.Shared(config, log_lines.log, {})
     return FilterRun(shared, log_lines.log)
 
 
 def is_there(pid: int) -> bool:
-    """Whether a process lives, or is a zombie that nobody has reaped."""
+    """Return whether a process lives, or is a zombie that nobody has reaped."""
     return Path(f"/proc/{pid}").exists()
 
 
@@ -88,7 +88,7 @@ def test_filter_that_cannot_be_ended(process: FilterRun, log_lines: LogLines) ->
 
 @pytest.mark.usefixtures("immune")
 def test_daemon_that_ends_waits_for_no_lock(process: FilterRun) -> None:
-    """Not even while a filter is being ended that cannot be ended."""
+    """The lock is held while a filter is being ended that cannot be ended."""
     process.start("sleep 2", os.environb, 5)
     pid = process._pid
     ending = threading.Thread(target=process.__exit__)
@@ -101,7 +101,7 @@ def test_daemon_that_ends_waits_for_no_lock(process: FilterRun) -> None:
     assert poll(lambda: not is_there(pid))
 
 
-def test_filter_that_is_told_to_end_before_it_starts(process: FilterRun) -> None:
+def test_filter_that_is_ended_before_it_starts(process: FilterRun) -> None:
     """It never does, since nobody would end it any more."""
     with process._shared.shutdown.listed(process):
         process._shared.shutdown.kill()
@@ -112,9 +112,7 @@ def test_filter_that_is_told_to_end_before_it_starts(process: FilterRun) -> None
 
 
 @pytest.mark.parametrize("command", ["true", "false"])
-def test_filter_that_is_told_to_end_at_its_end(
-    command: str, process: FilterRun
-) -> None:
+def test_filter_that_is_ended_at_its_end(command: str, process: FilterRun) -> None:
     """Whether the signal was still in time, nobody can know."""
     process.start(command, os.environb, 5)
     assert poll(lambda: process._pid not in program.live_groups())
@@ -157,7 +155,7 @@ def spawn(request: pytest.FixtureRequest) -> Spawn:
 
 @pytest.fixture
 def files(tmp_path: Path) -> Iterator[list[int]]:
-    """A program's standard input, output and error, open as files of these names."""
+    """Open files as a program's standard input, output and error."""
     opened = []
     for name in ("in", "out", "err"):
         (tmp_path / name).write_text("to be read\n" if name == "in" else "")
@@ -167,7 +165,7 @@ def files(tmp_path: Path) -> Iterator[list[int]]:
         os.close(file)
 
 
-def test_what_a_program_is_started_with(
+def test_attributes_of_a_new_process(
     spawn: Spawn, files: list[int], tmp_path: Path
 ) -> None:
     script = """
@@ -239,7 +237,7 @@ def test_descriptor_that_a_program_cannot_have(spawn: Spawn) -> None:
 
 @pytest.fixture
 def best_spawn() -> Iterator[Callable[[], Spawn]]:
-    """The function of that name, which has not been asked yet."""
+    """Provide the function of that name, which has not been asked yet."""
     program.best_spawn.cache_clear()
     yield program.best_spawn
     program.best_spawn.cache_clear()
@@ -255,7 +253,7 @@ def test_python_without_ctypes(
 def test_python_that_may_not_execute_memory(
     best_spawn: Callable[[], Spawn], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What SELinux does to ctypes, as libffi sees it."""
+    """SELinux makes libffi fail in ctypes like this."""
 
     def refuse(_self: UnlockedSpawn) -> None:
         raise MemoryError
@@ -268,7 +266,7 @@ def test_python_that_may_not_execute_memory(
 
 
 def descriptors() -> set[str]:
-    """What this process has open."""
+    """List the open descriptors of this process."""
     return set(os.listdir("/proc/self/fd"))
 
 
@@ -309,7 +307,7 @@ def test_no_descriptor_to_watch_a_process(
 def test_file_that_cannot_be_removed(
     log_lines: LogLines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What became of the message stands all the same."""
+    """The message's outcome stays the same."""
     config, errors = program.parse_config(
         b"OutAddress: 25\nFilterType: file\nTempDirectory: %s\n" % bytes(tmp_path), ""
     )
@@ -387,7 +385,7 @@ def test_pid_file_where_nobody_may_make_one(
 def test_privileges_that_can_be_had_again(
     log_lines: LogLines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the system says of the change of user, that is looked at."""
+    """The daemon checks the result of the change of user."""
 
     def succeed(*_arguments: Any) -> None:
         pass

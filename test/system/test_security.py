@@ -52,7 +52,7 @@ SECRET = b"nobody else's business\n"
 
 
 def descriptors_in(pid: int, directory: Path) -> list[Path]:
-    """The descriptors of a process, in /proc, for files in a directory."""
+    """Return the descriptors of a process, in /proc, for files in a directory."""
     files = open_files(pid).items()
     return [path for path, name in files if name.startswith(f"{directory}/")]
 
@@ -82,7 +82,7 @@ def test_spooled_mail_has_no_name(proxsmtpd: StartDaemon) -> None:
 
 
 def test_names_of_files_for_filters(proxsmtpd: StartDaemon, tmp_path: Path) -> None:
-    """They lie right in TempDirectory, are not used again, and tell nothing."""
+    """They are in TempDirectory, are not used again, and reveal nothing."""
     names = tmp_path / "names"
     command = f'echo "$EMAIL" >> {names}'
     daemon = proxsmtpd({"FilterType": "file", "FilterCommand": command})
@@ -127,7 +127,7 @@ class Target(NamedTuple):
 
 @pytest.fixture
 def target(place: Path) -> Target:
-    """A directory like /tmp, and a file beside it that must stay as it is."""
+    """Provide a directory like /tmp, and a file beside it that must stay as it is."""
     untouched = place / "untouched"
     untouched.write_bytes(SECRET)
     untouched.chmod(0o640)
@@ -165,7 +165,7 @@ def planted(target: Target, what: str) -> None:
 def test_planted_temporary_file(
     what: str, unnamed: bool, target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever has the name already: it is left alone, and another name is taken."""
+    """A file that has the name already is left alone, and another name is taken."""
     directory = os.fsencode(target.path.parent)
     randoms = iter([b"\xaa" * 6, b"\xaa" * 6, b"\xbb" * 6])
     monkeypatch.setattr(os, "urandom", lambda _size: next(randoms))
@@ -286,7 +286,7 @@ def test_directory_in_place_of_the_pid_file(
 
 @pytest.mark.parametrize("what", PLANT)
 def test_planted_beside_the_pid_file(what: str, target: Target) -> None:
-    """Where the new file is written before it is renamed; the name is no secret."""
+    """The name of the new file, before it is renamed, is no secret."""
     beside = target.path.with_name(f"file.{os.getpid()}")
     planted(target._replace(path=beside), what)
     pid_file = program.PidFile(str(target.path))
@@ -319,7 +319,7 @@ def test_pid_file_of_a_user(what: str, target: Target) -> None:
 
 @pytest.mark.parametrize("what", PLANT_MORE)
 def test_pid_file_exchanged(what: str, target: Target, proxsmtpd: StartDaemon) -> None:
-    """At its end the daemon leaves alone what is not its own, and does end."""
+    """The daemon ends, and leaves alone a file that is not its own."""
     daemon = proxsmtpd({"PidFile": target.path})
     target.path.unlink()
     planted(target, what)
@@ -357,7 +357,7 @@ IDENTITY = ("Uid", "Gid", "Groups", "CapPrm", "CapEff", "CapAmb")
 
 
 def identity(status: str) -> dict[str, list[str]]:
-    """Who a thread is, from its status in /proc."""
+    """Return the users and groups of a thread, from its status in /proc."""
     return {
         name: re.findall(rf"^{name}:\s*(.*)$", status, re.M)[0].split()
         for name in IDENTITY
@@ -433,7 +433,7 @@ def talk(daemon: Daemon, octets: bytes) -> None:
 
 
 def say_all(client: RawClient, octets: bytes) -> None:
-    """The whole dialogue of `talk`."""
+    """Have the whole dialogue of `talk`."""
     client.reply()
     for line in LINES:
         client.send(line.replace(b"%s", octets) + b"\r\n")
@@ -449,12 +449,12 @@ def say_all(client: RawClient, octets: bytes) -> None:
 
 
 def quotable(octets: bytes) -> bytes:
-    """The octets without those that a quoted local part may not have."""
+    """Return the octets without those that a quoted local part may not have."""
     return re.sub(rb'[\x00-\x1f\x7f"\\]', b"", octets)
 
 
 def reply_with(octets: bytes) -> bytes:
-    """A server's reply with these octets, in a form that still is a reply."""
+    """Return a server's reply with these octets, in a form that still is a reply."""
     inline = octets.translate(None, b"\n")
     return b"250-" + inline + b"\r\n250 " + inline + b"\r\n"
 
@@ -472,12 +472,12 @@ def check_lines(lines: Iterable[bytes], start: bytes = b"proxsmtpd: ") -> None:
 
 @pytest.fixture
 def raw_log(tmp_path: Path) -> Path:
-    """Where `logging` puts the log, octet by octet."""
+    """Return the path of the log of `logging`, octet by octet."""
     return tmp_path / "log"
 
 
 def logging_to(path: Path) -> list[str]:
-    """The program under test, with standard error in a file."""
+    """Return the program under test, with standard error in a file."""
     script = 'exec 2> "$0"; exec "$@"'
     return ["sh", "-c", script, str(path), *program_under_test()]
 
@@ -489,7 +489,7 @@ def test_log_of_the_dialogue(
     proxsmtpd: StartDaemon,
     raw_log: Path,
 ) -> None:
-    """What client and server say is logged at level 4, but cannot forge a line."""
+    """Level 4 logs the lines of client and server, which cannot forge one."""
     server = make_server()
     usual = dict(server.script)
     settings = {"FilterCommand": command} if command else {}
@@ -613,7 +613,7 @@ class Exchange(NamedTuple):
     answers: Sequence[Action] = (b"235 2.7.0 Yes\r\n",)
 
     def run(self, client: RawClient) -> None:
-        """The client's side, from the greeting to its end."""
+        """Be the client, from the greeting to its end."""
         client.reply()
         for octets in self.writes:
             client.send(octets + b"\r\n")
@@ -663,7 +663,7 @@ EXCHANGES = {
 
 
 def in_turn(replies: Sequence[Action]) -> Handler:
-    """What the server says to one answer after the other."""
+    """Answer one line after the other with these replies."""
     left = iter(replies)
     return lambda _connection, _line: next(left)
 
@@ -702,13 +702,13 @@ SHELLS = {b"PWD", b"OLDPWD", b"SHLVL", b"_"}
 
 
 def environment(path: Path) -> dict[bytes, bytes]:
-    """The environment that a filter has saved there."""
+    """Return the environment that a filter has saved there."""
     pairs = [entry.partition(b"=") for entry in path.read_bytes().split(b"\0")[:-1]]
     return {name: value for name, _, value in pairs if name not in SHELLS}
 
 
 def test_whole_environment(proxsmtpd: StartDaemon, tmp_path: Path) -> None:
-    """What the daemon was started with, and our variables in place of stale ones."""
+    """The filter has the daemon's environment, with our variables for stale ones."""
     saved = tmp_path / "environ"
     plain = {"PATH": os.environ["PATH"], "ODD": "a=b\nc\udcff", "EMPTY": ""}
     given = [
@@ -732,7 +732,7 @@ def test_whole_environment(proxsmtpd: StartDaemon, tmp_path: Path) -> None:
     }
 
 
-def test_what_has_no_value_is_unset(
+def test_variables_without_a_value_are_unset(
     make_server: MakeServer, proxsmtpd: StartDaemon, tmp_path: Path
 ) -> None:
     """On unix sockets nobody has an address; not the daemon's old one either."""
@@ -759,7 +759,7 @@ BETWEEN = [
 
 
 def test_nothing_of_the_last_message(proxsmtpd: StartDaemon, tmp_path: Path) -> None:
-    """REMOTE and REMOTE_HELO are one mail transaction's; the null sender is said."""
+    """REMOTE and REMOTE_HELO are one mail transaction's; a null sender is empty."""
     saved = tmp_path / "environ"
     command = f"cat /proc/self/environ > {saved}; cat"
     daemon = proxsmtpd({"FilterCommand": command}, env=STALE_ENVIRONMENT)
@@ -801,7 +801,7 @@ def heirlooms(tmp_path: Path) -> Iterator[list[int]]:
 def test_no_descriptor_is_inherited(
     kind: str, heirlooms: list[int], proxsmtpd: StartDaemon, tmp_path: Path
 ) -> None:
-    """Not the pid file's, another client's, its spool's, nor the starter's."""
+    """These are the pid file's, another client's, its spool's, the starter's."""
     saved = tmp_path / "descriptors"
     command = f"ls -l /proc/self/fd > {saved}"
     settings = {

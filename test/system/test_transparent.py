@@ -77,7 +77,7 @@ of_each_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
 
 
 def blocks(title: str) -> list[str]:
-    """The literal displays of a section of the manual."""
+    """Return the literal displays of a section of the manual."""
     found = re.findall(
         r"^\.Bd -literal.*?\n(.*?)^\.Ed", section("proxsmtpd.8", title), re.M | re.S
     )
@@ -85,19 +85,19 @@ def blocks(title: str) -> list[str]:
 
 
 def lines(title: str) -> list[str]:
-    """The displays of one line in a section of the manual."""
+    """Return the displays of one line in a section of the manual."""
     source = section("proxsmtpd.8", title)
     return [unescaped(line) for line in re.findall(r"^\.Dl (.*)$", source, re.M)]
 
 
 def rules(kind: str) -> str:
-    """The rule set that hands the clients' connections over."""
+    """Return the rule set that hands the clients' connections over."""
     (found,) = (b for b in blocks(TITLES[kind]) if "chain prerouting" in b)
     return found
 
 
 def routes(kind: str) -> str:
-    """The commands for policy routing; none for `client`."""
+    """Return the commands for policy routing; none for `client`."""
     return "".join(b for b in blocks(TITLES[kind]) if b.startswith("ip "))
 
 
@@ -117,7 +117,7 @@ def missing(kind: str) -> str:
 
 @functools.cache
 def complaints() -> Mapping[str, str]:
-    """What is missing for each kind; found out once."""
+    """Return the missing requirements of each kind; looks for them once."""
     return {kind: missing(kind) for kind in KINDS}
 
 
@@ -135,8 +135,8 @@ pytestmark = [
 ]
 
 
-def test_what_this_machine_can_do(capsys: pytest.CaptureFixture[str]) -> None:
-    """Nothing is asked of a machine that it cannot do, but it is said aloud."""
+def test_requirements_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    """The output says which kinds can be tried here."""
     with capsys.disabled():
         for kind, complaint in complaints().items():
             print(f"\n  TransparentProxy: {kind}: {complaint or 'can be tried here'}")
@@ -148,7 +148,7 @@ def test_what_this_machine_can_do(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.fixture
 def tmp_path() -> Iterator[Path]:
-    """A directory that every user can get at (pytest's own are its user's)."""
+    """Provide a directory that every user can get at (pytest's own are its user's)."""
     path = Path(tempfile.mkdtemp(prefix="proxsmtpd-test-"))
     path.chmod(0o755)
     (path / "temp").mkdir()
@@ -171,7 +171,7 @@ def machines() -> Iterator[Network]:
 
 
 def nobody() -> pwd.struct_passwd:
-    """The user that the daemon becomes."""
+    """Return the user that the daemon becomes."""
     return pwd.getpwnam("nobody")
 
 
@@ -202,7 +202,7 @@ class Router:
         settings: Mapping[str, object],
         program: Sequence[str] | None = None,
     ) -> Daemon:
-        """A daemon on the router, as another user and with a telling filter."""
+        """Return a daemon on the router, as another user and with a telling filter."""
         saved = self._place / "saved"
         probe = f'echo "$CLIENT $SERVER" >{saved}/addresses'
         probe += f"; grep -E '^(Uid|Cap)' /proc/self/status >{saved}/status; cat"
@@ -216,33 +216,33 @@ class Router:
             return self._proxsmtpd({**defaults, **settings}, program=program)
 
     def proxy(self, kind: str) -> Daemon:
-        """A daemon of this kind, which has the connections handed over."""
+        """Return a daemon of this kind, which has the connections handed over."""
         self.divert(kind)
         return self.start({"TransparentProxy": kind})
 
     def server(
         self, host: str, where: str = "server", port: int = 25
     ) -> ScriptedServer:
-        """A server on one of the machines."""
+        """Return a server on one of the machines."""
         with getattr(self.machines, where).inside():
             return self._make_server(host=host, port=port)
 
     def client(self, host: str, port: int = 25, where: str = "client") -> RawClient:
-        """A client on one of the machines."""
+        """Return a client on one of the machines."""
         with getattr(self.machines, where).inside():
             return self._at_end.enter_context(RawClient((host, port)))
 
     def addresses(self) -> str:
-        """What the last filter had in CLIENT and SERVER."""
+        """Return CLIENT and SERVER of the last filter."""
         return (self._place / "saved" / "addresses").read_text().strip()
 
     def filter_status(self) -> Status:
-        """Whose rights the last filter had."""
+        """Return the rights of the last filter."""
         return Status.of((self._place / "saved" / "status").read_text())
 
 
 class Status(NamedTuple):
-    """Whose rights a process or thread has, as in /proc/PID/status."""
+    """The rights of a process or thread, as in /proc/PID/status."""
 
     uids: frozenset[int]  # real, effective, saved, of the file system
     permitted: int
@@ -260,7 +260,7 @@ class Status(NamedTuple):
 
 
 def thread_statuses(daemon: Daemon) -> list[Status]:
-    """The rights of each thread of a daemon."""
+    """Return the rights of each thread of a daemon."""
     tasks = Path(f"/proc/{daemon.process.pid}/task").glob("*/status")
     return [Status.of(path.read_text()) for path in tasks]
 
@@ -269,18 +269,18 @@ def thread_statuses(daemon: Daemon) -> list[Status]:
 def router(
     machines: Network, proxsmtpd: StartDaemon, make_server: MakeServer, tmp_path: Path
 ) -> Iterator[Router]:
-    """A router without a daemon as yet; its clients' connections end with the test."""
+    """Provide a router without a daemon; its clients close at the end of the test."""
     with ExitStack() as at_end:
         yield Router(machines, proxsmtpd, make_server, tmp_path, at_end)
 
 
 def seen_by_server(kind: str, family: Family) -> str:
-    """Who a server must think that has connected to it."""
+    """Return the address that the server must see as its client's."""
     return {"client": family.router_out, "full": family.client}[kind]
 
 
 def peer_of(server: ScriptedServer) -> str:
-    """Who has opened the server's first connection."""
+    """Return the peer of the server's first connection."""
     peer = server.wait_connection().peer
     assert isinstance(peer, tuple)
     return str(peer[0])
@@ -360,7 +360,7 @@ def test_many_clients_at_a_time(kind: str, router: Router) -> None:
 def test_listener_of_one_family(
     listen: str, family: Family, kind: str, router: Router
 ) -> None:
-    """Where not all addresses are listened on, the one towards the clients will do."""
+    """A listener at the router's address towards the clients will do."""
     router.divert(kind)
     router.start({"TransparentProxy": kind, "Listen": listen})
     server = router.server(family.server)
@@ -423,7 +423,7 @@ def test_full_leaves_alone_what_it_is_not_for(family: Family, router: Router) ->
 
 @of_each_family
 def test_programs_of_the_router(family: Family, router: Router) -> None:
-    """With the rules for output; those of the proxy itself do not come back."""
+    """The rules for output divert them, but not the proxy's own connections."""
     requires_kind("client")
     (found,) = (b for b in blocks(TITLES["client"]) if "chain output" in b)
     router.machines.router.load(found.replace("_proxsmtp", "nobody"))
@@ -487,7 +487,7 @@ def test_unix_socket_has_no_destination(
 
 
 def reachable_program(place: Path) -> list[str]:
-    """A command line for the program that every user can run."""
+    """Return a command line for the program that every user can run."""
     if os.environ.get("PROXSMTPD"):
         return program_under_test()
     for interpreter in (os.path.realpath(sys.executable), "/usr/bin/python3"):
@@ -498,13 +498,13 @@ def reachable_program(place: Path) -> list[str]:
 
 
 def as_nobody(*options: str) -> list[str]:
-    """The beginning of a command line that runs as an unprivileged user."""
+    """Return the beginning of a command line that runs as an unprivileged user."""
     ids = [f"--reuid={nobody().pw_uid}", f"--regid={nobody().pw_gid}"]
     return ["setpriv", *ids, "--clear-groups", *options]
 
 
 def as_the_unit_has_it() -> list[str]:
-    """What systemd does with the unit in the manual, done by setpriv."""
+    """Return the setpriv command that does what systemd does by the manual's unit."""
     (unit,) = (b for b in blocks(TITLES["full"]) if b.startswith("[Service]"))
     found = dict(line.split("=", 1) for line in unit.splitlines()[1:])
     names = {
@@ -544,7 +544,7 @@ def test_root_is_given_up(kind: str, router: Router) -> None:
 
 @pytest.mark.parametrize("user", ["nobody", ""])
 def test_start_with_the_capability(user: str, router: Router, tmp_path: Path) -> None:
-    """As by systemd, whether or not the configuration names the user, too."""
+    """It starts with systemd's capability, with User in the configuration or not."""
     router.divert("full")
     command = [*as_the_unit_has_it(), *reachable_program(tmp_path)]
     settings = {"TransparentProxy": "full", "User": user or nobody().pw_uid}
@@ -607,7 +607,7 @@ def connections(text: str) -> list[list[str]]:
 
 @of_each_kind
 def test_commands_that_show_it(kind: str, router: Router) -> None:
-    """What ss prints for the addresses in the manual is what the manual shows."""
+    """ss prints for the manual's addresses the lines that are in the manual."""
     router.proxy(kind)
     router.server(IPV4.server)
     client = router.client(IPV4.server)
@@ -706,7 +706,7 @@ table inet blackhole {{
 def start_with_names(
     router: Router, place: Path, seconds: int, *dropped: str
 ) -> Daemon:
-    """A daemon whose server has two addresses, some of which never answer."""
+    """Return a daemon whose server has two addresses, some of which never answer."""
     router.machines.router.load(BLACK_HOLE.format(drop="\n".join(dropped)))
     hosts = place / "hosts"
     hosts.write_text(f"{IPV6.server} sink.example\n{IPV4.server} sink.example\n")

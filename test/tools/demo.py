@@ -39,7 +39,7 @@ exec sed '1,/^.\\{0,1\\}$/ s/^Subject: /&[filtered] /'
 
 
 class Case(NamedTuple):
-    """A message, and what is to become of it."""
+    """A message, and the outcome that it must have."""
 
     title: str
     sender: str
@@ -78,7 +78,7 @@ CASES = (
 
 
 class Outcome(NamedTuple):
-    """What became of a message."""
+    """The outcome of a message."""
 
     reply: str
     received: Optional[bytes]
@@ -103,7 +103,7 @@ class Proxy(NamedTuple):
 
 
 def message(case: Case) -> bytes:
-    """The message of a case as it goes over the wire."""
+    """Return the message of a case as it goes over the wire."""
     lines = (
         f"From: {case.sender}",
         "To: bob@example.net",
@@ -116,7 +116,7 @@ def message(case: Case) -> bytes:
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on."""
+    """Return a port of 127.0.0.1 that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -141,7 +141,7 @@ def write_files(directory: Path, server: ScriptedServer) -> tuple[Path, str]:
 
 @contextmanager
 def running_proxy(config: Path, listen: str) -> Iterator[Proxy]:
-    """The program in the foreground, ended by SIGTERM on leaving."""
+    """Provide the program in the foreground, ended by SIGTERM on leaving."""
     command = [sys.executable, str(PROGRAM), "-d", "4", "-f", str(config)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -166,7 +166,7 @@ def send(case: Case, proxy: Proxy, server: ScriptedServer) -> Outcome:
 
 
 def faults(case: Case, outcome: Outcome) -> list[str]:
-    """What is not as it should be."""
+    """Return the differences from the expected outcome."""
     found = []
     wanted = None
     if case.received is not None:

@@ -1,4 +1,4 @@
-"""`make soak`: some minutes of mixed load, behind which nothing may have grown.
+"""`make soak`: some minutes of mixed load, after which nothing may have grown.
 
     python3 test/tools/soak.py [MINUTES]
 
@@ -123,7 +123,7 @@ ACTIONS: dict[bytes, Action] = {
 
 
 class Usage(NamedTuple):
-    """What a process has for itself."""
+    """The resources of a process."""
 
     memory: int  # octets, its proportional share of what it shares included
     threads: int
@@ -132,7 +132,7 @@ class Usage(NamedTuple):
 
     @classmethod
     def of(cls, pid: int) -> Usage:
-        """What the process uses now."""
+        """Measure a process now."""
         proc = Path(f"/proc/{pid}")
         rollup = (proc / "smaps_rollup").read_text()
         return cls(
@@ -144,12 +144,12 @@ class Usage(NamedTuple):
 
     @property
     def counts(self) -> tuple[int, int, int]:
-        """What must be the same again, while memory may sway a little."""
+        """Return the counts that must be the same again; memory may vary a little."""
         return self.threads, self.descriptors, self.children
 
     @property
     def is_idle(self) -> bool:
-        """Whether no connection is being served."""
+        """Return whether no connection is being served."""
         return self.threads == 1 and not self.children
 
 
@@ -166,7 +166,7 @@ def count_children(pid: int) -> int:
 
 
 def growth(start: Usage, end: Usage) -> list[str]:
-    """What has grown, or changed where it should not."""
+    """Return the resources that have grown, or changed where they must not."""
     names = ("threads", "descriptors", "children")
     found = [
         f"{before} {name} have become {after}"
@@ -182,7 +182,7 @@ def growth(start: Usage, end: Usage) -> list[str]:
 
 
 def sabotaged(verb: str) -> Handler:
-    """A handler that breaks at this verb if the sender's name says so."""
+    """Return a handler that breaks at this verb if the sender's name says so."""
     usual = REPLIES[verb]
     assert isinstance(usual, bytes)
 
@@ -195,7 +195,7 @@ def sabotaged(verb: str) -> Handler:
 
 
 def make_server(port: int) -> ScriptedServer:
-    """The server behind all daemons, for a round."""
+    """Start the server of all daemons, for a round."""
     extensions = (b"PIPELINING", b"8BITMIME", b"XCLIENT ADDR NAME PORT")
     script = {verb: sabotaged(verb) for verb in ("MAIL", "DATA")}
     server = ScriptedServer(script, extensions=extensions, port=port)
@@ -212,7 +212,7 @@ def make_server(port: int) -> ScriptedServer:
 
 
 def reserve_port() -> socket.socket:
-    """A socket that keeps a port for one that is going to listen there."""
+    """Return a socket that keeps a port for one that is going to listen there."""
     holder = socket.socket()
     holder.bind(("127.0.0.1", 0))
     holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -242,7 +242,7 @@ class Daemon(NamedTuple):
         return case.plain if self.kind == "none" else case.filtered
 
     def usage(self) -> Usage:
-        """What it uses when it is left alone."""
+        """Measure it when it is left alone."""
         deadline = time.monotonic() + SILENCE
         found = Usage.of(self.process.pid)
         # Nobody tells when the last connection is done with.
@@ -262,7 +262,7 @@ class Daemon(NamedTuple):
         raise AssertionError(self.log.read_text())
 
     def faults(self) -> list[str]:
-        """What its log says of faults of its own, and what it has left behind."""
+        """Return faults of its own from its log, and the files that it has left."""
         found = re.findall(r"session failed: (?!Traceback| ).*", self.log.read_text())
         return found + [
             f"it left {path}" for path in self.log.parent.glob("proxsmtpd.*")
@@ -299,7 +299,7 @@ def start(kind: str, directory: Path, port: int, server_port: int) -> Daemon:
 
 @contextlib.contextmanager
 def running(server_port: int) -> Iterator[list[Daemon]]:
-    """A daemon of each kind, ended on leaving."""
+    """Provide a daemon of each kind, ended on leaving."""
     with contextlib.ExitStack() as at_end:
         directory = Path(at_end.enter_context(tempfile.TemporaryDirectory()))
         daemons = []
@@ -345,7 +345,7 @@ def converse(client: RawClient, sender: str, body: bytes) -> bytes:
 
 
 def send(daemon: Daemon, rng: random.Random, tally: Tally) -> None:
-    """A message that has the fate of one of the cases."""
+    """Send a message that has the fate of one of the cases."""
     weights = [case.weight for case in CASES.values()]
     [(name, case)] = rng.choices(list(CASES.items()), weights)
     with RawClient(daemon.address) as client:
@@ -356,7 +356,7 @@ def send(daemon: Daemon, rng: random.Random, tally: Tally) -> None:
 
 
 def send_at_once(daemon: Daemon, _rng: random.Random, tally: Tally) -> None:
-    """Two messages' commands in one go, to see pipelines drain."""
+    """Send two messages' commands in one go, to see pipelines drain."""
     lines = [b"MAIL FROM:<a@example.com>", b"RCPT TO:<b@example.com>", b"RSET"] * 2
     with RawClient(daemon.address) as client:
         greeting = client.reply()
@@ -388,7 +388,7 @@ def stall(daemon: Daemon, rng: random.Random, tally: Tally) -> None:
 
 
 def babble(daemon: Daemon, rng: random.Random, tally: Tally) -> None:
-    """Octets that mean nothing."""
+    """Send octets that mean nothing."""
     with RawClient(daemon.address) as client:
         greeting = client.reply()
         tally.note(daemon, "nonsense", greeting, b"220")
@@ -435,7 +435,7 @@ def work(
 
 
 def load(daemons: Sequence[Daemon], port: int, seconds: float, tally: Tally) -> None:
-    """Some clients at a time for so many seconds, each daemon with one of each kind."""
+    """Run some clients at a time for so many seconds, one of each kind a daemon."""
     until = time.monotonic() + seconds
     rng = [random.Random(f"{seconds} {number}") for number in range(WORKERS)]
     with make_server(port), ThreadPoolExecutor(WORKERS) as pool:

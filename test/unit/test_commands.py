@@ -1,7 +1,7 @@
 """The client's octets: command lines, verbs, paths, XFORWARD and XCLIENT.
 
 Every stream of octets is cut three ways: whole, octet by octet, and with another
-command behind it.
+command after it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Outcome = object  # A line, or the reply that refused one.
 
 
 def refusal(line: bytes) -> Reply | None:
-    """The reply that refuses a line, if it is refused."""
+    """Return the reply that refuses a line, if it is refused."""
     try:
         Command.parse(line)
     except Refusal as error:
@@ -41,19 +41,19 @@ COMMANDS = {
     "mixed case": (b"dAtA", b"DATA", b""),
     "empty": (b"", b"", b""),
     "blanks alone": (b" \t \v\f", b"", b""),
-    "blank behind": (b"DATA ", b"DATA", b""),
-    "blanks behind": (b"DATA \t  ", b"DATA", b""),
+    "blank after": (b"DATA ", b"DATA", b""),
+    "blanks after": (b"DATA \t  ", b"DATA", b""),
     "blank before": (b" DATA", b"DATA", b""),
     "blanks around": (b"\t  data\t ", b"DATA", b""),
     "tab before": (b"\tDATA", b"DATA", b""),
     "VT before": (b"\vDATA", b"DATA", b""),
-    "VT behind": (b"DATA\v", b"DATA", b""),
+    "VT after": (b"DATA\v", b"DATA", b""),
     "FF before": (b"\fDATA", b"DATA", b""),
-    "FF behind": (b"DATA\f", b"DATA", b""),
+    "FF after": (b"DATA\f", b"DATA", b""),
     "argument": (b"DATA now", b"DATA", b"now"),
-    "argument behind a tab": (b"DATA\tnow", b"DATA", b"now"),
-    "argument behind VT": (b"DATA\vnow", b"DATA", b"now"),
-    "argument behind FF": (b"DATA\fnow", b"DATA", b"now"),
+    "argument after a tab": (b"DATA\tnow", b"DATA", b"now"),
+    "argument after VT": (b"DATA\vnow", b"DATA", b"now"),
+    "argument after FF": (b"DATA\fnow", b"DATA", b"now"),
     "four letters and more": (b"DATAX", b"DATA", b"X"),
     "four letters and more, lower case": (b"datax", b"DATA", b"x"),
     "four letters and a colon": (b"DATA:", b"DATA", b":"),
@@ -62,13 +62,13 @@ COMMANDS = {
     "BDAT with the size attached": (b"bdat10", b"BDAT", b"10"),
     "BURLX": (b"BURLX imap://h", b"BURL", b"X imap://h"),
     "MAIL": (b"MAIL FROM:<a@b>", b"MAIL", b"FROM:<a@b>"),
-    "MAIL behind a tab": (b"MAIL\tFROM:<a@b>", b"MAIL", b"FROM:<a@b>"),
+    "MAIL after a tab": (b"MAIL\tFROM:<a@b>", b"MAIL", b"FROM:<a@b>"),
     "verb within a word": (b"XDATA", b"XDATA", b""),
     "verb as an argument": (b"NOOP DATA", b"NOOP", b"DATA"),
     "EHLOX is unknown": (b"EHLOX host", b"EHLOX", b"host"),
     "XCLIENT": (b"xclient ADDR=10.0.0.1", b"XCLIENT", b"ADDR=10.0.0.1"),
     "argument keeps its case and blanks": (b"vrfy A  b ", b"VRFY", b"A  b"),
-    "blanks behind the argument": (b"VRFY a \t\v\f", b"VRFY", b"a"),
+    "blanks after the argument": (b"VRFY a \t\v\f", b"VRFY", b"a"),
     "8-bit argument": (b"VRFY \xe4\xff", b"VRFY", b"\xe4\xff"),
     "control characters in the argument": (b"VRFY \x01\x7f", b"VRFY", b"\x01\x7f"),
     "unknown": (b"FOO bar", b"FOO", b"bar"),
@@ -85,14 +85,14 @@ def test_command(line: bytes, verb: bytes, argument: bytes) -> None:
 
 REFUSED = {
     "NUL before": b"\0DATA",
-    "NUL behind": b"DATA\0",
+    "NUL after": b"DATA\0",
     "NUL within": b"DA\0TA",
     "NUL in the argument": b"NOOP a\0b",
     "CR before": b"\rDATA",
-    "CR behind": b"DATA\r",
+    "CR after": b"DATA\r",
     "CR within": b"NOOP\rDATA",
     "LF before": b"\nDATA",
-    "LF behind": b"DATA\n",
+    "LF after": b"DATA\n",
     "LF within": b"NOOP\nDATA",
     "LF CR": b"NOOP\n\rDATA",
     "CR in the argument": b"MAIL FROM:<a@b>\r SIZE=1",
@@ -101,7 +101,7 @@ REFUSED = {
     "delete": b"\x7fDATA",
     "unit separator": b"\x1fDATA",
     "no-break space before": b"\xa0DATA",
-    "no-break space behind": b"DATA\xa0",
+    "no-break space after": b"DATA\xa0",
     "no-break space in UTF-8": b"DATA\xc2\xa0x",
     "next line (ISO 6429)": b"DATA\x85",
     "high bit set": bytes(octet | 0x80 for octet in b"DATA"),
@@ -149,8 +149,8 @@ def test_every_printable_octet_around_a_verb(octet: int) -> None:
     # With a B before it, it is BDAT to a server that compares four letters.
     assert Command.parse(extra + b"DATA").verb[:4] == extra.upper() + b"DAT"
     assert Command.parse(b"DA" + extra + b"TA").verb == b"DA" + extra.upper() + b"TA"
-    behind = Command.parse(b"DATA" + extra)
-    assert (behind.verb, behind.argument.upper()) == (b"DATA", extra.upper())
+    after = Command.parse(b"DATA" + extra)
+    assert (after.verb, after.argument.upper()) == (b"DATA", extra.upper())
 
 
 @pytest.mark.parametrize("octet", OTHERS)
@@ -162,7 +162,7 @@ def test_every_other_octet_around_a_verb(octet: int) -> None:
 
 @pytest.mark.parametrize("octet", [b"\0", b"\r", b"\n"], ids=["NUL", "CR", "LF"])
 def test_check_octets(octet: bytes) -> None:
-    """What is no command, such as an answer to AUTH, must be one line too."""
+    """Answers to AUTH, which are no commands, must be one line too."""
     program.check_octets(b"AGpvZQ==\xff\x01\t")
     for line in (octet, b"a" + octet, octet + b"a", b"a" + octet + b"DATA"):
         with pytest.raises(Refusal) as refused:
@@ -208,7 +208,7 @@ LONGEST = b"AUTH PLAIN ".ljust(LIMIT - 2, b"=")
 
 
 def outcomes(buffer: CommandBuffer, pieces: Sequence[bytes]) -> list[Outcome]:
-    """What comes out of a buffer as the pieces go in: lines and refusals."""
+    """Return the lines and refusals of a buffer as the pieces go in."""
     found: list[Outcome] = []
     for piece in pieces:
         buffer.feed(piece)
@@ -295,7 +295,7 @@ def test_emptiness() -> None:
     assert buffer.take_all() == b""
 
 
-def test_mail_data_behind_a_command() -> None:
+def test_mail_data_after_a_command() -> None:
     buffer = CommandBuffer()
     buffer.feed(b"DATA\r\nSubject: x\r\n.\r\nQUIT\r\n")
     assert buffer.next_line() == b"DATA"
@@ -670,7 +670,7 @@ NAMELESS = Command(b"EHLO", b"EHLO", b"")
 ALL = b"NAME ADDR PORT HELO PROTO DESTADDR DESTPORT"
 
 # The attributes that the server lists, both ends of the connection, EHLO or HELO,
-# and the words of the command behind its first; ADDR is always the first.
+# and the words of the command after its first; ADDR is always the first.
 XCLIENT: dict[str, tuple[bytes, Peer, Peer, Command | None, bytes]] = {
     "nothing listed": (b"", CLIENT, LOCAL, EHLO, b"ADDR=192.0.2.9"),
     "ADDR alone": (b"ADDR", CLIENT, LOCAL, EHLO, b"ADDR=192.0.2.9"),
@@ -746,7 +746,7 @@ def test_xclient(
 
 
 def xclient_with_helo(name: bytes) -> bytes:
-    """The XCLIENT command for a client that calls itself so."""
+    """Return the XCLIENT command for a client that calls itself so."""
     hello = Command(b"", b"EHLO", name)
     offered = frozenset((b"HELO", b"PORT"))
     return program.xclient_command(offered, CLIENT, LOCAL, hello)

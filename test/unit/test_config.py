@@ -18,14 +18,14 @@ BY_NAME = {setting.name: setting for setting in SETTINGS}
 
 
 def parsed(octets: bytes) -> Config:
-    """The settings of a file that has OutAddress besides, and must be right."""
+    """Return the settings of a file that has OutAddress besides, and must be right."""
     config, errors = program.parse_config(MINIMAL + octets, PATH)
     assert [str(error) for error in errors] == []
     return config
 
 
 def faults(octets: bytes, path: str = PATH) -> list[str]:
-    """What is said of a file."""
+    """Return the complaints about a file."""
     _, errors = program.parse_config(octets, path)
     return [str(error) for error in errors]
 
@@ -34,7 +34,7 @@ def faults(octets: bytes, path: str = PATH) -> list[str]:
 
 
 class Parts(NamedTuple):
-    """What an address comes to, with 99 for the default port."""
+    """An address's parts, with 99 for the default port."""
 
     host: str
     port: int
@@ -274,7 +274,7 @@ def test_off(word: str) -> None:
     assert parsed(off.encode()).xclient is False
 
 
-# What is more than poll can wait for is for ever; C takes all of them too.
+# What is more than poll can wait for means no limit; C takes all of them too.
 @pytest.mark.parametrize("name", ["FilterTimeout", "TimeOut", "KeepAlives"])
 @pytest.mark.parametrize("number", [2_000_001, 2**31, 2**32 + 1, 2**63, 10**30])
 def test_clamped(name: str, number: int) -> None:
@@ -377,7 +377,7 @@ def test_bad_address(name: str, text: str) -> None:
 
 
 def test_proxy_protocol_and_transparent_proxy() -> None:
-    """What the header says and what the redirection says are not both the truth."""
+    """The header's addresses and the redirection's exclude each other."""
     octets = MINIMAL + b"ProxyProtocol: on\nTransparentProxy: client\n"
     complaint = "ProxyProtocol cannot be used with TransparentProxy"
     assert faults(octets) == [complaint]
@@ -402,12 +402,12 @@ SPELLINGS = {
 
 @pytest.mark.parametrize("line", SPELLINGS.values(), ids=SPELLINGS.keys())
 @pytest.mark.parametrize(
-    ("before", "behind"),
+    ("before", "after"),
     [(b"", b""), (b"", b"\n"), (b"", b"\r\n"), (b"User: x\n", b"\nUser: y\n")],
     ids=["alone", "LF", "CRLF", "among others"],
 )
-def test_spelling(before: bytes, line: bytes, behind: bytes) -> None:
-    assert parsed(before + line + behind).filter_command == "/bin/f"
+def test_spelling(before: bytes, line: bytes, after: bytes) -> None:
+    assert parsed(before + line + after).filter_command == "/bin/f"
 
 
 NO_SETTINGS = {
@@ -416,7 +416,7 @@ NO_SETTINGS = {
     "blanks": b"  \t \n \r\n",
     "comment": b"# FilterCommand: /bin/f\n",
     "comment without blank": b"#FilterCommand: /bin/f",
-    "comment behind blanks": b"  \t# FilterCommand: /bin/f\n",
+    "comment after blanks": b"  \t# FilterCommand: /bin/f\n",
     "comment with CR": b"# FilterCommand: /bin/f\r\n",
     "comment that is no setting": b"# what it is\n",
     "comment with a NUL": b"# \0\n",

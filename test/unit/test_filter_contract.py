@@ -27,7 +27,7 @@ REPLY_LINE = 512  # RFC 5321 4.5.3.1.5
 def envelope(
     sender: bytes | None, *recipients: bytes, xforward: bytes = b""
 ) -> Envelope:
-    """An envelope as a session would have gathered it."""
+    """Return an envelope as a session would have gathered it."""
     made = Envelope()
     made.add_xforward(program.parse_xforward(xforward))
     made.sender = sender
@@ -92,7 +92,7 @@ def test_room_for_recipients(recipients: list[bytes], taken: int) -> None:
 
 
 @pytest.mark.skipif(os.uname().sysname != "Linux", reason="Linux has this limit")
-def test_that_much_room_is_there() -> None:
+def test_kernel_has_the_room_for_arguments() -> None:
     gathered = envelope(b"a@b", b"x" * 100_000)
     room = next(n for n in range(40_000, 0, -1) if gathered.has_room_for(b"r" * n))
     gathered.add_recipient(b"r" * room)
@@ -161,7 +161,7 @@ def test_log_line(gathered: Envelope, line: str) -> None:
 
 
 def test_log_line_of_more_recipients_than_are_kept() -> None:
-    """Where no filter runs, their number is bounded by nothing else."""
+    """Without a filter nothing else bounds their number."""
     gathered = envelope(b"a@b", *(b"%06d" % n * 50 for n in range(1000)))
     lines = list(gathered.describe("192.0.2.9", "X"))
     listed = sum(line.count("to=0") for line in lines)
@@ -203,7 +203,7 @@ ENVIRONMENTS: dict[
 ] = {
     "inherited": ({b"PATH": b"/bin"}, {}, {b"PATH": b"/bin"}),
     "set": ({}, {b"SENDER": b"<>"}, {b"SENDER": b"<>"}),
-    "set anew": ({b"SENDER": b"stale"}, {b"SENDER": b"a@b"}, {b"SENDER": b"a@b"}),
+    "set again": ({b"SENDER": b"stale"}, {b"SENDER": b"a@b"}, {b"SENDER": b"a@b"}),
     "no value": ({b"REMOTE": b"stale"}, {b"REMOTE": None}, {}),
     "empty value": ({b"CLIENT": b"stale"}, {b"CLIENT": b""}, {}),
     "not named": (STALE, {}, {}),
@@ -279,7 +279,7 @@ def test_command_for_the_shell(command: str) -> None:
 
 
 def test_shell_makes_the_same_words(tmp_path: Path) -> None:
-    """Of whatever is taken for plain, in a directory where patterns would match."""
+    """The shell splits a plain command into the same words."""
     for name in ("a", "b", "-", "a,b", "x=y"):
         (tmp_path / name).touch()
     rng = random.Random(1)
@@ -306,12 +306,12 @@ def test_shell_makes_the_same_words(tmp_path: Path) -> None:
 
 
 def said_by(*command: str) -> str:
-    """What a program says on standard output."""
+    """Return a program's standard output."""
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
 @pytest.mark.parametrize("shell", ["sh", "bash"])
-def test_what_the_shell_does_itself(shell: str) -> None:
+def test_commands_for_the_shell_itself(shell: str) -> None:
     """No program is run in the place of a word that means something to a shell."""
     if shutil.which("bash") is None:
         pytest.skip("only bash says which words these might be")
@@ -331,12 +331,12 @@ LAST_LINES = {
     "without an end": (b"No", b"No"),
     "last of several": (b"a\nb\nNo\n", b"No"),
     "last without an end": (b"a\nb\nNo", b"No"),
-    "empty line behind": (b"No\n\n", b"No"),
-    "blank lines behind": (b"No\n \n\t\n  \n", b"No"),
-    "blanks without an end behind": (b"No\n   ", b"No"),
+    "empty line after": (b"No\n\n", b"No"),
+    "blank lines after": (b"No\n \n\t\n  \n", b"No"),
+    "blanks without an end after": (b"No\n   ", b"No"),
     "CRLF": (b"a\r\nNo\r\n", b"No"),
     "CRLF and an empty line": (b"No\r\n\r\n", b"No"),
-    "CR alone behind": (b"No\n\r", b"No"),
+    "CR alone after": (b"No\n\r", b"No"),
     "blanks around": (b"  No way \t\n", b"No way"),
     "blanks within": (b"No  way\n", b"No  way"),
     "blank lines alone": (b"\n \n\t", b""),
@@ -348,9 +348,9 @@ LAST_LINES = {
     "many lines": (b"x y z\n" * 2000 + b"No", b"No"),
     "many blanks before it": (b"a\n" + b" " * 5000 + b"No\n", b"No"),
     "many blanks before it, no end": (b"a\n" + b" " * 5000 + b"No", b"No"),
-    "many blanks behind it": (b"a\nNo" + b" " * 5000 + b"\n", b"No"),
-    "many blank lines behind it": (b"a\nNo\n" + b" \n" * 5000, b"No"),
-    "a long blank line behind it": (b"a\nNo\n" + b" " * 5000 + b"\n\n", b"No"),
+    "many blanks after it": (b"a\nNo" + b" " * 5000 + b"\n", b"No"),
+    "many blank lines after it": (b"a\nNo\n" + b" \n" * 5000, b"No"),
+    "a long blank line after it": (b"a\nNo\n" + b" " * 5000 + b"\n\n", b"No"),
 }
 
 
@@ -358,7 +358,7 @@ SIZES = (10_000_000, 1, 2, 3, 1000, 4096)  # of the pieces, in octets
 
 
 def last_line_of(octets: bytes, size: int) -> bytes:
-    """The last line of octets that come in pieces of a size."""
+    """Return the last line of octets that come in pieces of a size."""
     last_line = LastLine()
     for start in range(0, len(octets), size):
         last_line.feed(octets[start : start + size])
@@ -420,7 +420,7 @@ CODED = {
     "two digits": (b"55 x", None),
     "four digits": (b"5500 x", None),
     "code elsewhere": (b"x 550 y", None),
-    "code behind a blank": (b" 550 y", None),
+    "code after a blank": (b" 550 y", None),
     "digits that are no ASCII": ("\u0665\u0665\u0660 x".encode(), None),
 }
 
@@ -660,7 +660,7 @@ def test_unknown_symbols(template: bytes, unknown: list[bytes]) -> None:
 
 @pytest.fixture
 def set_zone(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """The environment, in which TZ counts; afterwards it is as before."""
+    """Provide the environment for setting TZ, which is restored afterwards."""
     with monkeypatch.context() as environment:
         yield environment
     time.tzset()

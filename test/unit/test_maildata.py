@@ -1,7 +1,7 @@
 """Mail data: its end, dot-stuffing, line ends, and the header field.
 
 Each transformer's case is run whole, octet by octet, and cut in two at every place;
-the reader's also with more behind the end.
+the reader's also with more after the end.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RECEIVED = b"Received: from x\r\n"
 
 
 class Transformer(Protocol):
-    """What takes blocks and gives blocks, and has something to say at the end."""
+    """Takes blocks and gives blocks, and the rest at the end."""
 
     def feed(self, block: bytes, /) -> bytes: ...
 
@@ -38,7 +38,7 @@ class Transformer(Protocol):
 
 
 def cuts(octets: bytes) -> Iterator[list[bytes]]:
-    """The octets whole, one by one, with empty blocks, and in two at every place."""
+    """Return the octets whole, one by one, with empty blocks, and cut everywhere."""
     yield [octets]
     yield [octets[i : i + 1] for i in range(len(octets))]
     yield [b"", octets, b""]
@@ -47,12 +47,12 @@ def cuts(octets: bytes) -> Iterator[list[bytes]]:
 
 
 def transformed(transformer: Transformer, pieces: list[bytes]) -> bytes:
-    """All that comes out when the pieces have gone in."""
+    """Return all that comes out when the pieces have gone in."""
     return b"".join(map(transformer.feed, pieces)) + transformer.finish()
 
 
 def read(pieces: list[bytes]) -> tuple[bytes, bytes | None]:
-    """The message that the reader finds, and what came behind; None: no end."""
+    """Return the message that the reader finds and the rest; None: no end."""
     reader = MailDataReader()
     message = b""
     for number, piece in enumerate(pieces, 1):
@@ -91,7 +91,7 @@ MAIL_DATA = {
     ),
     "dots after CR CR LF": (b"a\r\r\n..b\r\n.\r\n", b"a\r\r\n.b\r\n"),
     "dot dot LF": (b"a\r\n..\n..b\r\n.\r\n", b"a\r\n.\n.b\r\n"),
-    "dot behind CR stays": (b"a\r..b\r\n.\r\n", b"a\r..b\r\n"),
+    "dot after CR stays": (b"a\r..b\r\n.\r\n", b"a\r..b\r\n"),
     "NUL and 8-bit": (b"\0\xff\x80\r\n.\r\n", b"\0\xff\x80\r\n"),
     "CR CR LF": (b"a\r\r\n.\r\n", b"a\r\r\n"),
     "dot CR alone": (b"a\r\n.\rb\r\n.\r\n", b"a\r\n\rb\r\n"),
@@ -99,7 +99,7 @@ MAIL_DATA = {
     "dot LF": (b"a\r\n.\nb\r\n.\r\n", b"a\r\n\nb\r\n"),
     "CR at the start": (b"\rx\r\n.\r\n", b"\rx\r\n"),
     "LF at the start": (b"\n.\r\nx\r\n.\r\n", b"\n.\r\nx\r\n"),
-    "dot dot behind the start": (b"..\r\n..\r\n.\r\n", b".\r\n.\r\n"),
+    "dot dot after the start": (b"..\r\n..\r\n.\r\n", b".\r\n.\r\n"),
 }
 
 
@@ -128,11 +128,11 @@ NO_ENDS = {
     "CRLF . CRCRLF": b"\r\n.\r\r\n",
     "LFCR . LFCR": b"\n\r.\n\r",
     "NUL before the dot": b"\r\n\0.\r\n",
-    "NUL behind the dot": b"\r\n.\0\r\n",
+    "NUL after the dot": b"\r\n.\0\r\n",
     "NUL before the CRLF": b"\0\r\n\0.\0\r\n",
-    "blank behind the dot": b"\r\n. \r\n",
+    "blank after the dot": b"\r\n. \r\n",
     "blank before the dot": b"\r\n .\r\n",
-    "tab behind the dot": b"\r\n.\t\r\n",
+    "tab after the dot": b"\r\n.\t\r\n",
     "two dots": b"\r\n..\r\n",
     "dot with its high bit": b"\r\n\xae\r\n",
     "CR with its high bit": b"\x8d\n.\x8d\n",
@@ -140,13 +140,13 @@ NO_ENDS = {
     "next line (ISO 6429)": b"\x85.\x85",
     "line separator": "\u2028.\u2028".encode(),
     "NUL within the end": b"\r\0\n.\r\n",
-    "CR NUL LF behind the dot": b"\r\n.\r\0\n",
+    "CR NUL LF after the dot": b"\r\n.\r\0\n",
 }
 
 
 @pytest.mark.parametrize("ending", NO_ENDS.values(), ids=NO_ENDS.keys())
 def test_no_end_of_data(ending: bytes) -> None:
-    """Commands behind such an ending are part of the message."""
+    """Commands after such an ending are part of the message."""
     commands = b"MAIL FROM:<e@vil>\r\nRCPT TO:<v@ictim>\r\nDATA\r\n"
     octets = b"a" + ending + commands
     # A dot at the start of a line is taken for one of the stuffing.
@@ -159,7 +159,7 @@ def test_no_end_of_data(ending: bytes) -> None:
 
 @pytest.mark.parametrize("ending", NO_ENDS.values(), ids=NO_ENDS.keys())
 def test_no_end_of_data_at_the_start(ending: bytes) -> None:
-    """The data begins as if behind a CRLF; such an ending is no end there either."""
+    """The data begins as if after a CRLF; such an ending is no end there either."""
     octets = ending.removeprefix(b"\r\n") + b"x\r\n.\r\n"
     for pieces in cuts(octets):
         message, rest = read(pieces)
@@ -210,7 +210,7 @@ LINE_ENDS = {
     "only line without end": (b"a", b"a\r\n"),
     "last line ends in CR": (b"a\r\nb\r", b"a\r\nb\r\n"),
     "CR alone": (b"\r", b"\r\n"),
-    "CR behind a clean line": (b"a\r\n\r", b"a\r\n\r\n"),
+    "CR after a clean line": (b"a\r\n\r", b"a\r\n\r\n"),
     "last line ends in CR CR": (b"a\r\r", b"a\r\n"),
     "last line ends in LF": (b"a\r\nb\n", b"a\r\nb\r\n"),
     "NUL and 8-bit": (b"\0\xff\n\x85\x0b\x0c", b"\0\xff\r\n\x85\x0b\x0c\r\n"),
@@ -486,7 +486,7 @@ def test_no_field(message: bytes) -> None:
 
 
 def written(pieces: list[bytes], field: bytes = b"") -> bytes:
-    """The mail data for a message that comes in these pieces."""
+    """Return the mail data for a message that comes in these pieces."""
     return transformed(MailDataWriter(field), pieces)
 
 
@@ -506,7 +506,7 @@ MESSAGES = {
     "no end": (b"a", b"a\r\n.\r\n"),
     "a dot without end": (b".", b"..\r\n.\r\n"),
     "a dot and CR without end": (b".\r", b"..\r\n.\r\n"),
-    "a dot behind CR": (b"a\r.\r\n", b"a .\r\n.\r\n"),
+    "a dot after CR": (b"a\r.\r\n", b"a .\r\n.\r\n"),
     "a dot between CRs": (b"\r\n.\r", b"\r\n..\r\n.\r\n"),
     "lines of dots": (b".\n..\n...\n", b"..\r\n...\r\n....\r\n.\r\n"),
     "empty line": (b"\n", b"\r\n.\r\n"),
@@ -525,7 +525,7 @@ def test_writer(message: bytes, wire: bytes) -> None:
 
 @pytest.mark.parametrize("ending", NO_ENDS.values(), ids=NO_ENDS.keys())
 def test_writer_disarms(ending: bytes) -> None:
-    """What a filter writes, or a client smuggles in, has one end only."""
+    """A filter's output has one end only, and so has a client's message."""
     for message in (b"a" + ending + b"QUIT\r\n", b"a" + ending, ending + b"b", ending):
         for pieces in cuts(message):
             wire = written(pieces)
@@ -560,7 +560,7 @@ WRITTEN_WITH_FIELD: dict[str, tuple[bytes, bytes]] = {
         b".A: b\n\n.c\n",
         b"..A: b\r\n" + FIELD + b"\r\n..c\r\n.\r\n",
     ),
-    "dot behind the place": (b"\n.\n", FIELD + b"\r\n..\r\n.\r\n"),
+    "dot after the place": (b"\n.\n", FIELD + b"\r\n..\r\n.\r\n"),
 }
 
 
@@ -690,7 +690,7 @@ COSTLY = {
 
 
 def seconds(octets: bytes, size: int, field: bytes) -> float:
-    """The processor time that octets in blocks of a size take, the best of three."""
+    """Measure the processor time for octets in blocks of a size, best of three."""
     blocks = [octets[i : i + size] for i in range(0, len(octets), size)]
     best = float("inf")
     for _ in range(3):

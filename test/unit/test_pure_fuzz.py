@@ -73,7 +73,7 @@ SETTINGS = [
 
 
 def mixture(rng: random.Random, words: Sequence[bytes], most: int = 40) -> bytes:
-    """Some of the words in any order, with a few octets of any value."""
+    """Return some of the words in any order, with a few octets of any value."""
     picked = (
         rng.choice(ANY) if rng.random() < 0.1 else rng.choice(words)
         for _ in range(rng.randrange(most))
@@ -84,7 +84,7 @@ def mixture(rng: random.Random, words: Sequence[bytes], most: int = 40) -> bytes
 def mixtures(
     seed: str, *kinds: Sequence[bytes]
 ) -> Iterator[tuple[random.Random, bytes]]:
-    """Mixtures of each kind, with the rng for what else is to be thrown."""
+    """Return mixtures of each kind, with the generator for other random choices."""
     rng = random.Random(seed)
     for _ in range(ROUNDS):
         for words in kinds:
@@ -92,7 +92,7 @@ def mixtures(
 
 
 def pieces_of(rng: random.Random, octets: bytes) -> list[bytes]:
-    """The octets, cut at some places, or at many."""
+    """Cut the octets at some places, or at many."""
     number = rng.choice([0, 1, 2, 5, len(octets)])
     places = sorted(rng.randrange(len(octets) + 1) for _ in range(number))
     return [octets[i:j] for i, j in zip([0, *places], [*places, len(octets)])]
@@ -102,7 +102,7 @@ def pieces_of(rng: random.Random, octets: bytes) -> list[bytes]:
 
 
 def reference_read(octets: bytes) -> tuple[bytes, bytes | None]:
-    """The message in mail data, and what came behind its end; None: no end."""
+    """Return the message in mail data and the octets after it; None: no end."""
     message = b""
     while b"\r\n" in octets:
         line, _, octets = octets.partition(b"\r\n")
@@ -113,14 +113,14 @@ def reference_read(octets: bytes) -> tuple[bytes, bytes | None]:
 
 
 def reference_unstuff(line: bytes) -> bytes:
-    """What was between two CRLF, without the dots that a client may have added."""
+    """Remove the dots that a client may have added between two CRLF."""
     first, *others = line.split(b"\n")
     others = [part[1:] if part.startswith(b"..") else part for part in others]
     return b"\n".join([first.removeprefix(b"."), *others])
 
 
 def reference_repair(octets: bytes) -> bytes:
-    """The same lines, each ended by CRLF, without any other CR or LF."""
+    """Return the same lines, each ended by CRLF, without any other CR or LF."""
     lines = octets.split(b"\n")
     if lines[-1] == b"":
         lines.pop()
@@ -129,7 +129,7 @@ def reference_repair(octets: bytes) -> bytes:
 
 
 def reference_insert(field: bytes, message: bytes) -> bytes:
-    """A message of clean lines, with the field in its place."""
+    """Return a message of clean lines, with the field in its place."""
     lines = message.split(b"\r\n")[:-1]
     place = 0
     while place < len(lines) and re.match(rb">{0,9}From ", lines[place]):
@@ -149,7 +149,7 @@ def reference_insert(field: bytes, message: bytes) -> bytes:
 
 
 def reference_stuff(message: bytes) -> bytes:
-    """A message of clean lines, with a dot before each that begins with one.
+    """Return a message of clean lines, with a dot before each that begins with one.
 
     NULs before that dot do not count.
     """
@@ -164,7 +164,7 @@ def reference_stuff(message: bytes) -> bytes:
 
 
 def read(pieces: Sequence[bytes]) -> tuple[bytes, bytes | None]:
-    """What the reader makes of pieces, in the reference's form."""
+    """Read pieces with the reader, in the reference's form."""
     reader = MailDataReader()
     message = b""
     for number, piece in enumerate(pieces, 1):
@@ -215,7 +215,7 @@ def test_dot_stuffer() -> None:
 
 
 def written(pieces: Sequence[bytes], field: bytes) -> bytes:
-    """The mail data that the writer makes of pieces."""
+    """Return the mail data that the writer makes of pieces."""
     writer = MailDataWriter(field)
     return b"".join(map(writer.feed, pieces)) + writer.finish()
 
@@ -233,12 +233,12 @@ def test_writer(field: bytes) -> None:
 
 
 def test_round_trip() -> None:
-    """What the writer wrote is what a reader reads, with clean line ends."""
+    """A reader reads the writer's message, with clean line ends."""
     for rng, octets in mixtures("round trip", LINES, ANY):
         wire = written(pieces_of(rng, octets), b"")
-        behind = mixture(rng, LINES)
-        found = read(pieces_of(rng, wire + behind))
-        assert found == (reference_repair(octets), behind)
+        after = mixture(rng, LINES)
+        found = read(pieces_of(rng, wire + after))
+        assert found == (reference_repair(octets), after)
 
 
 # How clients stuff: only where SMTP has a line's end, or also after a bare LF, as
@@ -279,7 +279,7 @@ def test_relayed_lines_are_the_clients(
 
 
 def lines_of(buffer: CommandBuffer, pieces: Sequence[bytes]) -> list[object]:
-    """The lines, and the replies that refused some."""
+    """Return the lines, and the replies that refused some."""
     found: list[object] = []
     for piece in pieces:
         buffer.feed(piece)
@@ -296,7 +296,7 @@ def lines_of(buffer: CommandBuffer, pieces: Sequence[bytes]) -> list[object]:
 
 
 def without_cuts_at_bare_lf(pieces: Sequence[bytes]) -> list[bytes]:
-    """The same pieces, but none that ends in a bare LF, for which nobody waits."""
+    """Return the pieces so that none ends in a bare LF, for which nobody waits."""
     joined = [b""]
     for piece in pieces:
         joined[-1] += piece
@@ -333,7 +333,7 @@ def test_command_buffer_cut_anywhere() -> None:
 
 
 def reference_replies(octets: bytes) -> list[bytes] | None:
-    """The replies in a stream of octets; None if something in it is none."""
+    """Return the replies in a stream of octets; None if something in it is none."""
     found: list[bytes] = []
     begun: list[bytes] = []
     for whole in octets.split(b"\n")[:-1]:
@@ -351,7 +351,7 @@ def reference_replies(octets: bytes) -> list[bytes] | None:
 
 
 def replies_in(pieces: Sequence[bytes]) -> list[bytes] | None:
-    """What the buffer makes of pieces, in the reference's form."""
+    """Read pieces with the buffer, in the reference's form."""
     buffer = ReplyBuffer()
     found: list[bytes] = []
     try:
@@ -371,7 +371,7 @@ def test_reply_buffer() -> None:
 
 
 def likely_reply(rng: random.Random) -> bytes:
-    """Octets that are a 250 of some lines more often than not."""
+    """Return octets that are a 250 of some lines more often than not."""
     marks = [b"-"] * rng.randrange(6) + [rng.choice([b" ", b""])]
     texts = (mixture(rng, REPLIES, 5).replace(b"\n", b"") for _ in marks)
     return b"".join(
@@ -416,7 +416,7 @@ def test_last_line() -> None:
 def outcome(
     function: Callable[[], Result], expected: type[Failure]
 ) -> Result | Failure:
-    """What a function returns, or the exception of its own that it raises."""
+    """Return a function's result, or the exception of its own that it raises."""
     try:
         return function()
     except expected as error:
@@ -424,7 +424,7 @@ def outcome(
 
 
 def is_one_line(reply: bytes) -> bool:
-    """Whether a reply is one line of 512 octets at most to every client."""
+    """Return whether a reply is one line of 512 octets at most to every client."""
     text = reply[:-2]
     return (
         reply.endswith(b"\r\n")
@@ -436,7 +436,7 @@ def is_one_line(reply: bytes) -> bool:
 
 
 def check_command(octets: bytes) -> None:
-    """A line is refused, or has a verb of printable ASCII and goes on as it is."""
+    """Check that a line is refused, or has a verb of printable ASCII."""
     command = outcome(lambda: Command.parse(octets), Refusal)
     if isinstance(command, Refusal):
         assert is_one_line(command.reply)
@@ -451,7 +451,7 @@ def check_command(octets: bytes) -> None:
 
 
 def check_path(octets: bytes) -> None:
-    """A path is refused, or the server gets a line that has its one meaning."""
+    """Check that a path is refused, or spelt in the one way."""
     command = Command(octets, b"MAIL", b"FROM:" + octets)
     path = outcome(lambda: program.read_path(command.argument, b"FROM"), Refusal)
     if isinstance(path, Refusal):
@@ -497,7 +497,7 @@ def check_xclient(octets: bytes) -> None:
 
 
 def check_verdict(octets: bytes) -> None:
-    """A last line is one whole line of a reply, or a failure's text."""
+    """Check that a last line gives one whole line of a reply, or a failure's text."""
     coded = program.coded_reply(octets)
     assert coded is None or is_one_line(coded)
     assert is_one_line(program.rejection(octets))
@@ -513,7 +513,7 @@ def check_verdict(octets: bytes) -> None:
 
 
 def check_header(octets: bytes) -> None:
-    """A header field is whole lines, none of them empty."""
+    """Check that a header field is whole lines, none of them empty."""
     template = program.to_octets(program.unescape(program.to_text(octets)))
     program.unknown_symbols(template)
     field = program.expand_header(template, "192.0.2.9", "::1", "now")
@@ -523,7 +523,7 @@ def check_header(octets: bytes) -> None:
 
 
 def check_text(octets: bytes) -> None:
-    """Octets survive as text, and what the log has of them is printable."""
+    """Check that octets survive as text, and are printable in the log."""
     assert program.to_octets(program.to_text(octets)) == octets
     for text in (program.printable(octets), program.shown(program.to_text(octets))):
         assert text.isascii()
@@ -531,7 +531,7 @@ def check_text(octets: bytes) -> None:
 
 
 def check_address(octets: bytes) -> None:
-    """An address has a port, or is a path."""
+    """Check that an address has a port, or is a path."""
     text = program.to_text(octets)
     address = outcome(lambda: program.Address.parse(text, 25), ValueError)
     if isinstance(address, ValueError):
@@ -541,7 +541,7 @@ def check_address(octets: bytes) -> None:
 
 
 def check_config(octets: bytes) -> None:
-    """A file gives settings and printable faults, each for its line."""
+    """Check that a file gives settings and printable faults, each for its line."""
     config, errors = program.parse_config(octets, "f")
     assert config.out_address is not None or errors
     for error in errors:
@@ -550,7 +550,7 @@ def check_config(octets: bytes) -> None:
 
 
 def check_log_line(octets: bytes) -> None:
-    """What strangers sent makes one printable line."""
+    """Check that octets from strangers make one printable line."""
     envelope = program.Envelope()
     envelope.sender = octets
     envelope.add_recipient(octets)

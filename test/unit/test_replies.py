@@ -1,7 +1,7 @@
 """The server's octets: replies, and what the client gets to see of EHLO's.
 
 Every stream of octets is cut three ways: whole, octet by octet, and with another
-reply behind it.
+reply after it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LIMIT = program.REPLY_LIMIT
 
 
 def replies(buffer: ReplyBuffer, pieces: Sequence[bytes]) -> list[Reply]:
-    """The replies that come out of a buffer as the pieces go in."""
+    """Return the replies that come out of a buffer as the pieces go in."""
     found = []
     for piece in pieces:
         reply = buffer.take(piece)
@@ -134,10 +134,10 @@ NO_REPLIES = {
     "blank alone": b" \r\n",
     "blank before": b" 250 Ok\r\n",
     "letters": b"2x0 Ok\r\n",
-    "letters behind the code": b"250Ok\r\n",
-    "tab behind the code": b"250\tOk\r\n",
-    "NUL behind the code": b"250\0Ok\r\n",
-    "CR behind the code": b"250\r\r\n",
+    "letters after the code": b"250Ok\r\n",
+    "tab after the code": b"250\tOk\r\n",
+    "NUL after the code": b"250\0Ok\r\n",
+    "CR after the code": b"250\r\r\n",
     "two digits": b"25 Ok\r\n",
     "four digits": b"2500 Ok\r\n",
     "000": b"000 Ok\r\n",
@@ -147,7 +147,7 @@ NO_REPLIES = {
     "negative": b"-50 Ok\r\n",
     "digits that are no ASCII": "\u0662\u0665\u0660 Ok\r\n".encode(),
     "8-bit": b"\xb250 Ok\r\n",
-    "no code behind a good line": b"250-a\r\nOk\r\n",
+    "no code after a good line": b"250-a\r\nOk\r\n",
     "no code at the end": b"250-a\r\n\r\n",
 }
 
@@ -157,11 +157,11 @@ def test_no_reply(octets: bytes) -> None:
     for pieces in ([octets], octetwise(octets), [octets + b"250 Ok\r\n"]):
         with pytest.raises(BadReply, match=r"^not a reply: "):
             replies(ReplyBuffer(), pieces)
-    behind = ReplyBuffer()
-    behind.feed(b"250 Ok\r\n" + octets)
-    assert behind.next_reply() == b"250 Ok\r\n"
+    after = ReplyBuffer()
+    after.feed(b"250 Ok\r\n" + octets)
+    assert after.next_reply() == b"250 Ok\r\n"
     with pytest.raises(BadReply):
-        behind.next_reply()
+        after.next_reply()
 
 
 def test_no_reply_is_shown_in_printable_ascii() -> None:
@@ -256,7 +256,7 @@ KEPT = [
 
 
 def hello(*texts: bytes) -> Reply:
-    """The server's 250 to EHLO, with these texts."""
+    """Return the server's 250 to EHLO, with these texts."""
     return Reply.of(
         *(b"250-" + text for text in texts[:-1]),
         b"250 " + texts[-1],
@@ -264,7 +264,7 @@ def hello(*texts: bytes) -> Reply:
 
 
 def shown(*extensions: bytes) -> Reply:
-    """What the client gets when these service extensions are left."""
+    """Return the client's reply to EHLO with these service extensions left."""
     return hello(b"smtp.passthru", b"PIPELINING", *extensions)
 
 
@@ -287,7 +287,7 @@ def test_removed_extension(name: bytes, form: bytes) -> None:
 
 
 @pytest.mark.parametrize("blanks", [b" ", b"  ", b"\t"], ids=["one", "two", "tab"])
-def test_removed_extension_behind_blanks(blanks: bytes) -> None:
+def test_removed_extension_after_blanks(blanks: bytes) -> None:
     """Clients skip them: Postfix takes `250- STARTTLS` for an offer."""
     texts = [blanks + name for name in REMOVED]
     reply = hello(b"sink.example", *texts, b"DSN")
