@@ -176,7 +176,7 @@ def test_sample_says_no_more_than_what_is_required() -> None:
 
 def test_documents_have_the_examples_that_these_tests_are_about() -> None:
     assert {name: len(configurations(name)) for name in DOCUMENTS} == {
-        "proxsmtpd.8": 4,
+        "proxsmtpd.8": 6,
         "proxsmtpd.conf.5": 5,
         "README": 1,
         "proxsmtpd.conf.sample": 1,

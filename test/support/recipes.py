@@ -1,0 +1,167 @@
+"""Filters of the manual's examples, run by a real proxsmtpd with the real programs.
+
+A recipe's text is what the manual prints; only paths, ports and accounts are replaced.
+The daemon is configured as the manual says, with User where the tests run as root.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Callable
+
+from helpers import Daemon, StartDaemon, poll, port_of, reserve_port
+from smtp import ScriptedServer
+
+MANUAL = Path(__file__).resolve().parents[2] / "proxsmtpd.8"
+ESCAPES = {"\\&": "", "\\(dq": '"', "\\(ga": "`", "\\e": "\\"}
+FILTER = "/usr/local/libexec/filter"
+ACCOUNT = "nobody"  # in place of _proxsmtp
+RECIPIENTS = (b"<b@example.net>",)
+
+
+def blocks(title: str) -> list[str]:
+    """The literal displays of one of the manual's subsections, as they are printed."""
+    subsection = rf"^\.Ss {re.escape(title)}\n(.*?)(?=^\.S[hs] )"
+    found = re.search(subsection, MANUAL.read_text(), re.M | re.S)
+    assert found, f"the manual has no subsection {title}"
+    displays = re.findall(r"^\.Bd -literal.*?\n(.*?)^\.Ed", found[1], re.M | re.S)
+    for escape, meaning in ESCAPES.items():
+        displays = [display.replace(escape, meaning) for display in displays]
+    return displays
+
+
+def recipe(title: str, words: str) -> str:
+    """The one display of a subsection that has these words."""
+    (text,) = (block for block in blocks(title) if words in block)
+    return text
+
+
+def replaced(text: str, changes: Mapping[str, object]) -> str:
+    """The text with other paths, ports or accounts; each must be in it."""
+    for old, new in changes.items():
+        assert old in text, f"{old} is not in this recipe:\n{text}"
+        text = text.replace(old, str(new))
+    return text
+
+
+def own(path: Path) -> None:
+    """Give a file to the account that the filters run as."""
+    if os.geteuid() == 0:
+        account = pwd.getpwnam(ACCOUNT)
+        os.chown(path, account.pw_uid, account.pw_gid)
+
+
+@contextmanager
+def public_directory() -> Iterator[Path]:
+    """A directory that other accounts can reach, unlike pytest's."""
+    place = Path(tempfile.mkdtemp(prefix="recipes-", dir="/tmp"))
+    place.chmod(0o755)
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place)
+
+
+@contextmanager
+def running(
+    command: Sequence[object], ready: Callable[[], object], log: Path, patience: float
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A server in a process group of its own, once it is ready; ended afterwards."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [str(word) for word in command],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    try:
+        up = poll(lambda: process.poll() is not None or ready(), patience)
+        assert up, f"{command[0]} is not ready:\n{log.read_text()}"
+        assert process.poll() is None, f"{command[0]} ended:\n{log.read_text()}"
+        yield process
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+class Kitchen:
+    """Where recipes are tried: a directory, daemons, and the server behind them."""
+
+    def __init__(self, place: Path, start: StartDaemon, server: ScriptedServer) -> None:
+        self.place, self.server = place, server
+        self._start = start
+        self._daemons: list[Daemon] = []
+
+    def __call__(
+        self,
+        title: str,
+        words: str,
+        changes: Mapping[str, object] | None = None,
+        **settings: str,
+    ) -> Daemon:
+        """A daemon that has the recipe with these words as its filter.
+
+        The recipe is a script, or lines of the configuration; `settings` are what the
+        text around it asks for.
+        """
+        text = replaced(recipe(title, words), changes or {})
+        config = recipe("Filters", "User: _proxsmtp")
+        if text.startswith("#!"):
+            script = self.place / f"filter-{uuid.uuid4().hex[:8]}"
+            script.write_text(text)
+            script.chmod(0o755)
+            config = replaced(config, {FILTER: script})
+        else:
+            config += text
+        return self._daemon(config, settings)
+
+    def _daemon(self, config: str, settings: Mapping[str, str]) -> Daemon:
+        temporary = self.place / f"temp-{uuid.uuid4().hex[:8]}"
+        temporary.mkdir(0o700)
+        own(temporary)
+        with reserve_port() as holder:
+            changes = {
+                "127.0.0.1:10025": f"127.0.0.1:{port_of(holder)}",
+                "127.0.0.1:10026": self.server.address,
+                "/var/spool/proxsmtpd": temporary,
+                "User: _proxsmtp\n": f"User: {ACCOUNT}\n" if os.geteuid() == 0 else "",
+            }
+            config = replaced(config, changes)
+            config += "".join(f"{k}: {v}\n" for k, v in settings.items())
+            return self._start(config)
+
+    def reply(
+        self,
+        daemon: Daemon,
+        data: bytes,
+        sender: bytes = b"<a@example.com>",
+        recipients: Sequence[bytes] = RECIPIENTS,
+    ) -> str:
+        """What a client hears that sends this message."""
+        with daemon.connect() as client:
+            reply = client.message(data, sender, recipients)
+        return reply.decode().rstrip()
+
+    def passed(
+        self,
+        daemon: Daemon,
+        data: bytes,
+        sender: bytes = b"<a@example.com>",
+        recipients: Sequence[bytes] = RECIPIENTS,
+    ) -> bytes:
+        """What the server gets of a message that it must get."""
+        before = len(self.server.messages)
+        reply = self.reply(daemon, data, sender, recipients)
+        assert reply.startswith("250 2.0.0 Ok: queued"), (reply, daemon.log())
+        return self.server.wait_message(before + 1).data
