@@ -6,14 +6,16 @@ that is started once for the module, and a configuration in a temporary director
 
 from __future__ import annotations
 
+import base64
 import os
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from helpers import StartDaemon, is_listening, port_of, requires, reserve_port
-from recipes import ACCOUNT, Kitchen, public_directory, running
+from recipes import ACCOUNT, Kitchen, own, public_directory, running
 from smtp import ScriptedServer
 
 LOCAL_ERROR = "451 Local Error"
@@ -107,3 +109,112 @@ def test_spamassassin_is_away(words: str, kitchen: Kitchen) -> None:
         away = f"-d 127.0.0.1 -p {port_of(nobody)}"
         daemon = kitchen("SpamAssassin", words, {SPAMD_ADDRESS: away})
         assert kitchen.reply(daemon, MESSAGE) == LOCAL_ERROR
+
+
+# --- ClamAV ---
+
+CLAMD, CLAMDSCAN = "/usr/sbin/clamd", "/usr/bin/clamdscan"
+CLAMD_CONF = "/etc/clamav/clamd.conf"
+QUARANTINE = "/var/spool/quarantine"
+VIRUS = b"proxsmtpd's harmless test virus"
+INFECTED = MESSAGE.replace(b"noon?", b"noon? " + VIRUS)
+ATTACHED = b"""\
+Subject: Look at this\r
+MIME-Version: 1.0\r
+Content-Type: multipart/mixed; boundary="b"\r
+\r
+--b\r
+Content-Type: application/octet-stream; name="a.bin"\r
+Content-Transfer-Encoding: base64\r
+\r
+%s\r
+--b--\r
+""" % base64.b64encode(b"\0" + VIRUS)
+
+
+def clamd_configuration(directory: Path) -> Path:
+    """A configuration of clamd that has everything in a directory."""
+    config = directory / "clamd.conf"
+    text = f"""\
+        LocalSocket {directory}/socket
+        LocalSocketMode 666
+        DatabaseDirectory {directory}
+        TemporaryDirectory {directory}
+        Foreground true
+        """
+    if os.geteuid() == 0:
+        text += f"User {ACCOUNT}\n"
+    config.write_text(textwrap.dedent(text))
+    return config
+
+
+@pytest.fixture(scope="module")
+def clamd(place: Path) -> Iterator[Path]:
+    """The configuration file of a running clamd that knows one virus."""
+    directory = place / "clamd"
+    directory.mkdir()
+    own(directory)
+    config = clamd_configuration(directory)
+    (directory / "own.ndb").write_text(f"Test.Harmless:0:*:{VIRUS.hex()}\n")
+
+    def ready() -> bool:
+        return is_listening(f"{directory}/socket")
+
+    with running([CLAMD, "-c", config], ready, place / "clamd.log", 30):
+        yield config
+
+
+def quarantine(kitchen: Kitchen) -> Path:
+    """A directory for what filters keep."""
+    directory = kitchen.place / "quarantine"
+    directory.mkdir(0o700)
+    own(directory)
+    return directory
+
+
+@requires("clamd", CLAMD)
+@requires("clamdscan", CLAMDSCAN)
+def test_clamav_refuses(kitchen: Kitchen, clamd: Path) -> None:
+    daemon = kitchen("ClamAV", "$EMAIL", {CLAMD_CONF: clamd}, FilterType="file")
+    assert kitchen.passed(daemon, MESSAGE, HOSTILE) == MESSAGE
+    refusal = "550 5.7.1 This message contains Test.Harmless.UNOFFICIAL"
+    assert kitchen.reply(daemon, INFECTED) == refusal
+    assert kitchen.reply(daemon, ATTACHED) == refusal
+
+
+@requires("clamd", CLAMD)
+@requires("clamdscan", CLAMDSCAN)
+def test_clamav_puts_aside_and_drops(kitchen: Kitchen, clamd: Path) -> None:
+    directory = quarantine(kitchen)
+    changes = {CLAMD_CONF: clamd, QUARANTINE: directory}
+    daemon = kitchen("ClamAV", QUARANTINE, changes)
+    assert kitchen.passed(daemon, MESSAGE, HOSTILE) == MESSAGE
+    assert list(directory.iterdir()) == []
+    recipients = [b"<b@example.net>", b'<"c d"@example.net>']
+    assert kitchen.reply(daemon, ATTACHED, HOSTILE, recipients) == "250 2.0.0 Ok"
+    assert len(kitchen.server.messages) == 1
+    (copy,) = directory.iterdir()
+    assert copy.suffix == ".eml"
+    assert copy.stat().st_mode & 0o777 == 0o600
+    envelope = [b"X-Found: Test.Harmless.UNOFFICIAL FOUND", b"X-Sender: %s" % HOSTILE]
+    envelope += [b"X-Recipient: %s" % recipient for recipient in recipients]
+    lines = [line.replace(b"<", b"").replace(b">", b"") + b"\n" for line in envelope]
+    assert copy.read_bytes() == b"".join(lines) + ATTACHED
+
+
+@requires("clamd", CLAMD)
+@requires("clamdscan", CLAMDSCAN)
+def test_clamav_cannot_put_aside(kitchen: Kitchen, clamd: Path) -> None:
+    """So the message stays with the client."""
+    changes = {CLAMD_CONF: clamd, QUARANTINE: "/nowhere"}
+    daemon = kitchen("ClamAV", QUARANTINE, changes)
+    assert kitchen.reply(daemon, INFECTED) == LOCAL_ERROR
+
+
+@requires("clamdscan", CLAMDSCAN)
+@pytest.mark.parametrize(("words", "kind"), [("$EMAIL", "file"), (QUARANTINE, "pipe")])
+def test_clamav_is_away(words: str, kind: str, kitchen: Kitchen) -> None:
+    config = clamd_configuration(kitchen.place)
+    daemon = kitchen("ClamAV", words, {CLAMD_CONF: config}, FilterType=kind)
+    reply = "451 4.3.0 The virus scanner is not available"
+    assert kitchen.reply(daemon, MESSAGE) == reply

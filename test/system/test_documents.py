@@ -236,26 +236,6 @@ def test_one_line_filter_of_the_manual_marks_the_subject_only(tmp_path: Path) ->
     )
 
 
-@pytest.mark.parametrize(
-    ("scanner_says", "verdict"),
-    [
-        (0, (0, b"", b"")),
-        (1, (1, b"", b"550 5.7.1 This message contains a virus\n")),
-        (2, (1, b"", b"451 4.3.0 The virus scanner is not available\n")),
-        (127, (1, b"", b"451 4.3.0 The virus scanner is not available\n")),
-    ],
-)
-def test_virus_filter_of_the_manual(
-    scanner_says: int, verdict: tuple[int, bytes, bytes], tmp_path: Path
-) -> None:
-    scanner = tmp_path / "clamdscan"
-    scanner.write_text(f"#!/bin/sh\nexit {scanner_says}\n")
-    scanner.chmod(0o755)
-    script = script_with("proxsmtpd.8", "clamdscan")
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    assert run_script(script, tmp_path, PATH=path, EMAIL="message") == verdict
-
-
 def attachment(parameters: str, kind: str = "application/octet-stream") -> str:
     """A message with an attachment whose Content-Disposition has these parameters."""
     return (
