@@ -7,15 +7,19 @@ that is started once for the module, and a configuration in a temporary director
 from __future__ import annotations
 
 import base64
+import grp
 import os
+import pwd
+import re
 import textwrap
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from helpers import StartDaemon, is_listening, port_of, requires, reserve_port
-from recipes import ACCOUNT, Kitchen, own, public_directory, running
+from helpers import StartDaemon, is_listening, poll, port_of, requires, reserve_port
+from recipes import ACCOUNT, Kitchen, own, public_directory, recipe, running
 from smtp import ScriptedServer
 
 LOCAL_ERROR = "451 Local Error"
@@ -218,3 +222,136 @@ def test_clamav_is_away(words: str, kind: str, kitchen: Kitchen) -> None:
     daemon = kitchen("ClamAV", words, {CLAMD_CONF: config}, FilterType=kind)
     reply = "451 4.3.0 The virus scanner is not available"
     assert kitchen.reply(daemon, MESSAGE) == reply
+
+
+# --- rspamd ---
+
+RSPAMD = "/usr/bin/rspamd"
+RSPAMD_ADDRESS = '"127.0.0.1", 11333'
+
+# What needs the network, Redis or files of the machine.
+RSPAMD_OFF = """
+    arc asn bayes_expiry bimi dkim dkim_signing dmarc elastic fuzzy_check greylist
+    hfilter history_redis mid multimap mx_check neural p0f phishing ratelimit rbl
+    replies reputation rspamd_update spf surbl url_redirector whitelist
+    worker-controller worker-fuzzy worker-proxy
+"""
+RSPAMD_SETTINGS = {
+    "force_actions.conf": """
+        rules {
+            WAIT { action = "soft reject"; expression = "MISSING_SUBJECT & !MISSING_FROM"; }
+        }
+        """,
+    "options.inc": """
+        dns { nameserver = ["127.0.0.1:1"]; timeout = 0.05s; retransmits = 1; }
+        filters = "regexp"; local_addrs = []; disable_hyperscan = true;
+        url_tld = "DIRECTORY/tld";
+        """,
+    "logging.inc": 'type = "file"; filename = "DIRECTORY/log"; level = "info";',
+    "worker-normal.inc": 'bind_socket = "127.0.0.1:PORT"; count = 1;',
+}
+
+
+@dataclass(frozen=True)
+class Rspamd:
+    """A running rspamd: where it is in a recipe's words, and its log."""
+
+    address: str
+    log: Path
+
+
+def lay_out_rspamd(directory: Path, port: int) -> None:
+    """Write its configuration beside Debian's, which it includes."""
+    local = directory / "local.d"
+    local.mkdir(parents=True)
+    settings = {**RSPAMD_SETTINGS, "milter_headers.conf": recipe("rspamd", "use =")}
+    for name in RSPAMD_OFF.split():
+        suffix = "inc" if name.startswith("worker-") else "conf"
+        settings[f"{name}.{suffix}"] = "enabled = false;"
+    for name, text in settings.items():
+        ours = text.replace("DIRECTORY", str(directory)).replace("PORT", str(port))
+        (local / name).write_text(ours + "\n")
+    (directory / "tld").write_text("com\n")
+    own(directory)
+
+
+@pytest.fixture(scope="module")
+def rspamd(place: Path) -> Iterator[Rspamd]:
+    """A running rspamd without the network."""
+    directory = place / "rspamd"
+    with reserve_port() as holder:
+        port = port_of(holder)
+        lay_out_rspamd(directory, port)
+        command = [RSPAMD, "-f", "-c", "/etc/rspamd/rspamd.conf"]
+        for name in ("DBDIR", "LOGDIR", "RUNDIR", "LOCAL_CONFDIR"):
+            command += [f"--var={name}={directory}"]
+        if os.geteuid() == 0:
+            command += [
+                "-u",
+                ACCOUNT,
+                "-g",
+                grp.getgrgid(pwd.getpwnam(ACCOUNT).pw_gid).gr_name,
+            ]
+
+        def ready() -> bool:
+            return is_listening(f"127.0.0.1:{port}")
+
+        with running(command, ready, place / "rspamd.out", 30):
+            yield Rspamd(f'"127.0.0.1", {port}', directory / "log")
+
+
+@requires("rspamd", RSPAMD)
+def test_rspamd_adds_and_removes_fields(kitchen: Kitchen, rspamd: Rspamd) -> None:
+    daemon = kitchen("rspamd", "/checkv2", {RSPAMD_ADDRESS: rspamd.address})
+    forged = b"X-Spam-Status: No,\r\n all is well\r\nx-spamd-RESULT: x\r\n"
+    message = MESSAGE.replace(b"Lunch", b"Lunch \351\377").replace(
+        b"To:", forged + b"To:"
+    )
+    ham = kitchen.passed(daemon, message, HOSTILE)
+    assert b"X-Spam-Status: No, score=" in header(ham)
+    assert len(re.findall(rb"(?i)^x-spamd-result:", ham, re.M)) == 1
+    assert ham.endswith(message.replace(forged, b""))
+    assert b"all is well" not in ham
+    header_only = kitchen.passed(daemon, b"Subject: x\r\n")
+    assert header_only.startswith(b"X-Spam")
+    assert header_only.endswith(b"\r\nSubject: x\r\n")
+    no_header = kitchen.passed(daemon, b"\r\nX-Spam-Status: x\r\n")
+    assert no_header.endswith(b"\r\n\r\nX-Spam-Status: x\r\n")
+
+
+@requires("rspamd", RSPAMD)
+def test_rspamd_refuses_and_defers(kitchen: Kitchen, rspamd: Rspamd) -> None:
+    daemon = kitchen("rspamd", "/checkv2", {RSPAMD_ADDRESS: rspamd.address})
+    assert kitchen.reply(daemon, SPAM) == "550 5.7.1 This message looks like spam"
+    waits = MESSAGE.replace(b"Subject: Lunch\r\n", b"")
+    assert kitchen.reply(daemon, waits) == "451 4.7.1 Please try again later"
+
+
+@requires("rspamd", RSPAMD)
+def test_rspamd_learns_the_envelope(kitchen: Kitchen, rspamd: Rspamd) -> None:
+    """Of the original client too, where there is XFORWARD."""
+    daemon = kitchen("rspamd", "/checkv2", {RSPAMD_ADDRESS: rspamd.address})
+    with daemon.connect() as client:
+        client.reply()
+        client.expect(b"EHLO mta.example", b"250")
+        client.expect(b"XFORWARD ADDR=192.0.2.9 HELO=client.example", b"250")
+        client.envelope(b"<s@example.com>", [b"<c@example.net>", b"<d@example.net>"])
+        assert client.message(MESSAGE).startswith(b"250")
+    addresses = "from: <s@example.com>.* rcpts: <c@example.net,d@example.net>"
+    line = rf"ip: 192\.0\.2\.9, {addresses}"
+    assert poll(lambda: re.search(line, rspamd.log.read_text()))
+
+
+@requires("rspamd", RSPAMD)
+def test_rspamd_takes_the_null_sender(kitchen: Kitchen, rspamd: Rspamd) -> None:
+    daemon = kitchen("rspamd", "/checkv2", {RSPAMD_ADDRESS: rspamd.address})
+    kitchen.passed(daemon, MESSAGE, b"<>")
+
+
+@requires("rspamd", RSPAMD)
+def test_rspamd_is_away(kitchen: Kitchen) -> None:
+    with reserve_port() as nobody:
+        away = f'"127.0.0.1", {port_of(nobody)}'
+        daemon = kitchen("rspamd", "/checkv2", {RSPAMD_ADDRESS: away})
+        assert kitchen.reply(daemon, MESSAGE) == LOCAL_ERROR
+        daemon.wait_log("filter command failed with 75: ConnectionRefusedError")

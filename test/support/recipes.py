@@ -6,6 +6,7 @@ The daemon is configured as the manual says, with User where the tests run as ro
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import re
@@ -15,7 +16,6 @@ import subprocess
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable
 
@@ -61,7 +61,7 @@ def own(path: Path) -> None:
         os.chown(path, account.pw_uid, account.pw_gid)
 
 
-@contextmanager
+@contextlib.contextmanager
 def public_directory() -> Iterator[Path]:
     """A directory that other accounts can reach, unlike pytest's."""
     place = Path(tempfile.mkdtemp(prefix="recipes-", dir="/tmp"))
@@ -72,7 +72,7 @@ def public_directory() -> Iterator[Path]:
         shutil.rmtree(place)
 
 
-@contextmanager
+@contextlib.contextmanager
 def running(
     command: Sequence[object], ready: Callable[[], object], log: Path, patience: float
 ) -> Iterator[subprocess.Popen[bytes]]:
@@ -91,7 +91,11 @@ def running(
         assert process.poll() is None, f"{command[0]} ended:\n{log.read_text()}"
         yield process
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        process.terminate()  # so that it waits for its own processes
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
