@@ -11,6 +11,7 @@ import grp
 import os
 import pwd
 import re
+import subprocess
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from helpers import StartDaemon, is_listening, poll, port_of, requires, reserve_port
-from recipes import ACCOUNT, Kitchen, own, public_directory, recipe, running
+from recipes import ACCOUNT, Kitchen, own, public_directory, recipe, replaced, running
 from smtp import ScriptedServer
 
 LOCAL_ERROR = "451 Local Error"
@@ -239,7 +240,10 @@ RSPAMD_OFF = """
 RSPAMD_SETTINGS = {
     "force_actions.conf": """
         rules {
-            WAIT { action = "soft reject"; expression = "MISSING_SUBJECT & !MISSING_FROM"; }
+            WAIT {
+                action = "soft reject";
+                expression = "MISSING_SUBJECT & !MISSING_FROM";
+            }
         }
         """,
     "options.inc": """
@@ -355,3 +359,56 @@ def test_rspamd_is_away(kitchen: Kitchen) -> None:
         daemon = kitchen("rspamd", "/checkv2", {RSPAMD_ADDRESS: away})
         assert kitchen.reply(daemon, MESSAGE) == LOCAL_ERROR
         daemon.wait_log("filter command failed with 75: ConnectionRefusedError")
+
+
+# --- DKIM ---
+
+PYTHON, DKIMPY = "/usr/bin/python3", "/usr/lib/python3/dist-packages/dkim"
+GENKEY = "/usr/sbin/opendkim-genkey"
+DKIM_KEYS = "/usr/local/etc/dkim"
+VERIFY = """
+import sys
+import dkim
+record = sys.argv[1].encode()
+message = sys.stdin.buffer.read()
+print(dkim.verify(message, dnsfunc=lambda name, timeout=5: record))
+"""
+
+
+def is_signed(data: bytes, keys: Path) -> bool:
+    """Whether mail data has a DKIM signature that fits the DNS record."""
+    record = "".join(re.findall(r'"([^"]*)"', (keys / "mail.txt").read_text()))
+    result = subprocess.run(
+        [PYTHON, "-c", VERIFY, record],
+        input=re.sub(rb"(?m)^\.", b"", data),
+        capture_output=True,
+        check=True,
+    )
+    return result.stdout == b"True\n"
+
+
+@requires("python3-dkim", DKIMPY)
+@requires("opendkim-tools", GENKEY)
+def test_dkim_signs(kitchen: Kitchen) -> None:
+    """Also what would be changed on the way to the server."""
+    keys = kitchen.place / "keys"
+    changes = {DKIM_KEYS: keys, "_proxsmtp": ACCOUNT}
+    make = replaced(recipe("DKIM signatures", "opendkim-genkey"), changes)
+    subprocess.run(["sh", "-ec", make], check=True)
+    daemon = kitchen("DKIM signatures", "import dkim", {DKIM_KEYS: keys})
+    signed = kitchen.passed(daemon, MESSAGE, HOSTILE)
+    assert signed.endswith(MESSAGE)
+    assert signed.startswith(b"DKIM-Signature: v=1; a=rsa-sha256; c=relaxed/relaxed;")
+    assert is_signed(signed, keys)
+    assert not is_signed(signed.replace(b"noon", b"five"), keys)
+    odd = b"bare\rCR\r\r\nand\nLF, 8 bits \351\377\r\n..dots\r\n  blanks \r\n\r\n\r\n"
+    assert is_signed(kitchen.passed(daemon, MESSAGE + odd), keys)
+    assert kitchen.reply(daemon, b"Subject: x\r\n\r\nx\r\n").startswith("550 5.6.0")
+
+
+@requires("python3-dkim", DKIMPY)
+def test_dkim_has_no_key(kitchen: Kitchen) -> None:
+    """Then nothing goes out unsigned."""
+    daemon = kitchen("DKIM signatures", "import dkim", {DKIM_KEYS: "/nowhere"})
+    assert kitchen.reply(daemon, MESSAGE) == LOCAL_ERROR
+    daemon.wait_log("filter command failed with 75: FileNotFoundError")

@@ -25,7 +25,8 @@ from smtp import ScriptedServer
 MANUAL = Path(__file__).resolve().parents[2] / "proxsmtpd.8"
 ESCAPES = {"\\&": "", "\\(dq": '"', "\\(ga": "`", "\\e": "\\"}
 FILTER = "/usr/local/libexec/filter"
-ACCOUNT = "nobody"  # in place of _proxsmtp
+# In place of _proxsmtp: another account can be had by root only.
+ACCOUNT = "nobody" if os.geteuid() == 0 else pwd.getpwuid(os.geteuid()).pw_name
 RECIPIENTS = (b"<b@example.net>",)
 
 
