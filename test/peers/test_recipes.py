@@ -13,7 +13,7 @@ import pwd
 import re
 import subprocess
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,12 +169,19 @@ def clamd(place: Path) -> Iterator[Path]:
         yield config
 
 
-def quarantine(kitchen: Kitchen) -> Path:
+def private_directory(kitchen: Kitchen) -> Path:
     """A directory for what filters keep."""
-    directory = kitchen.place / "quarantine"
+    directory = kitchen.place / "kept"
     directory.mkdir(0o700)
     own(directory)
     return directory
+
+
+def envelope_fields(sender: bytes, recipients: Sequence[bytes]) -> bytes:
+    """The header fields that hold the envelope in what is kept."""
+    fields = [b"X-Sender: %s\n" % sender[1:-1]]
+    fields += [b"X-Recipient: %s\n" % recipient[1:-1] for recipient in recipients]
+    return b"".join(fields)
 
 
 @requires("clamd", CLAMD)
@@ -190,7 +197,7 @@ def test_clamav_refuses(kitchen: Kitchen, clamd: Path) -> None:
 @requires("clamd", CLAMD)
 @requires("clamdscan", CLAMDSCAN)
 def test_clamav_puts_aside_and_drops(kitchen: Kitchen, clamd: Path) -> None:
-    directory = quarantine(kitchen)
+    directory = private_directory(kitchen)
     changes = {CLAMD_CONF: clamd, QUARANTINE: directory}
     daemon = kitchen("ClamAV", QUARANTINE, changes)
     assert kitchen.passed(daemon, MESSAGE, HOSTILE) == MESSAGE
@@ -201,10 +208,8 @@ def test_clamav_puts_aside_and_drops(kitchen: Kitchen, clamd: Path) -> None:
     (copy,) = directory.iterdir()
     assert copy.suffix == ".eml"
     assert copy.stat().st_mode & 0o777 == 0o600
-    envelope = [b"X-Found: Test.Harmless.UNOFFICIAL FOUND", b"X-Sender: %s" % HOSTILE]
-    envelope += [b"X-Recipient: %s" % recipient for recipient in recipients]
-    lines = [line.replace(b"<", b"").replace(b">", b"") + b"\n" for line in envelope]
-    assert copy.read_bytes() == b"".join(lines) + ATTACHED
+    found = b"X-Found: Test.Harmless.UNOFFICIAL FOUND\n"
+    assert copy.read_bytes() == found + envelope_fields(HOSTILE, recipients) + ATTACHED
 
 
 @requires("clamd", CLAMD)
@@ -412,3 +417,132 @@ def test_dkim_has_no_key(kitchen: Kitchen) -> None:
     daemon = kitchen("DKIM signatures", "import dkim", {DKIM_KEYS: "/nowhere"})
     assert kitchen.reply(daemon, MESSAGE) == LOCAL_ERROR
     daemon.wait_log("filter command failed with 75: FileNotFoundError")
+
+
+# --- Disclaimers ---
+
+ALTERMIME = "/usr/bin/altermime"
+DISCLAIMER = "/usr/local/etc/disclaimer"
+TEXT = b"--b\r\nContent-Type: text/plain\r\n\r\nHello\r\n"
+CSV = (
+    b"--b\r\nContent-Type: text/plain\r\n"
+    b'Content-Disposition: attachment; filename="a.csv"\r\n\r\n1,2\r\n'
+)
+PLAIN_WORDS, HTML_WORDS = b"No liability.", b"<p>None at all.</p>"
+
+
+def multipart(kind: str, *parts: bytes) -> bytes:
+    """A message of several parts, each of which begins with its boundary."""
+    field = f'MIME-Version: 1.0\r\nContent-Type: multipart/{kind}; boundary="b"\r\n\r\n'
+    return b"Subject: x\r\n" + field.encode() + b"".join(parts) + b"--b--\r\n"
+
+
+@pytest.fixture
+def disclaimers(kitchen: Kitchen) -> str:
+    """What stands before .txt and .html in the names of two disclaimers."""
+    place = kitchen.place / "disclaimer"
+    place.with_suffix(".txt").write_bytes(PLAIN_WORDS + b"\n")
+    place.with_suffix(".html").write_bytes(HTML_WORDS + b"\n")
+    return str(place)
+
+
+@requires("altermime", ALTERMIME)
+def test_disclaimer_is_added(kitchen: Kitchen, disclaimers: str) -> None:
+    """To the text, and to no attachment."""
+    daemon = kitchen("Disclaimers", "altermime", {DISCLAIMER: disclaimers})
+    added = PLAIN_WORDS + b"\r\n"
+    assert kitchen.passed(daemon, MESSAGE, HOSTILE) == MESSAGE + added
+    mixed = multipart("mixed", TEXT, CSV)
+    expected = multipart("mixed", TEXT + added, CSV)
+    assert kitchen.passed(daemon, mixed) == expected
+    html = TEXT.replace(b"plain", b"html").replace(b"Hello", b"<html>Hi</html>")
+    both = kitchen.passed(daemon, multipart("alternative", TEXT, html))
+    assert both.count(PLAIN_WORDS) == both.count(HTML_WORDS) == 1
+
+
+SIGNATURE = b"--b\r\nContent-Type: application/pgp-signature\r\n\r\nx\r\n"
+LEFT_ALONE = {
+    "DKIM": b"dkim-signature: v=1; b=x\r\n" + MESSAGE,
+    "PGP": multipart("signed", TEXT, SIGNATURE),
+    "PGP, forwarded by a list": multipart(
+        "mixed", multipart("signed", TEXT, SIGNATURE).replace(b"--b", b"--c"), TEXT
+    ),
+    "encrypted": multipart("encrypted", TEXT),
+    "S/MIME": MESSAGE.replace(
+        b"Subject:", b"Content-Type: application/pkcs7-mime\r\nSubject:"
+    ),
+    "an attachment alone": b"Subject: x\r\n" + CSV.partition(b"\r\n")[2],
+}
+
+
+@requires("altermime", ALTERMIME)
+@pytest.mark.parametrize("kind", LEFT_ALONE)
+def test_disclaimer_is_not_added(kind: str, kitchen: Kitchen, disclaimers: str) -> None:
+    daemon = kitchen("Disclaimers", "altermime", {DISCLAIMER: disclaimers})
+    assert kitchen.passed(daemon, LEFT_ALONE[kind]) == LEFT_ALONE[kind]
+
+
+@requires("altermime", ALTERMIME)
+def test_disclaimer_is_missing(kitchen: Kitchen) -> None:
+    daemon = kitchen("Disclaimers", "altermime", {DISCLAIMER: "/nowhere/text"})
+    assert kitchen.reply(daemon, MESSAGE) == LOCAL_ERROR
+
+
+# --- Archive, attachments, several recipients ---
+
+ARCHIVE = "/var/spool/archive"
+
+
+def test_archive_has_a_copy(kitchen: Kitchen) -> None:
+    directory = private_directory(kitchen)
+    daemon = kitchen("Archive", "#!/bin/sh", {ARCHIVE: directory})
+    recipients = [b"<b@example.net>", b'<"c d"@example.net>']
+    assert kitchen.passed(daemon, MESSAGE, HOSTILE, recipients) == MESSAGE
+    (copy,) = directory.iterdir()
+    assert copy.suffix == ".eml"
+    assert copy.stat().st_mode & 0o777 == 0o600
+    assert copy.read_bytes() == envelope_fields(HOSTILE, recipients) + MESSAGE
+
+
+def test_archive_is_full(kitchen: Kitchen) -> None:
+    """Then the message stays with the client."""
+    daemon = kitchen("Archive", "#!/bin/sh", {ARCHIVE: "/nowhere"})
+    assert kitchen.reply(daemon, MESSAGE) == LOCAL_ERROR
+
+
+def test_archive_is_full_in_the_middle(kitchen: Kitchen) -> None:
+    changes = {ARCHIVE: private_directory(kitchen), '"$copy" && mv': "/dev/full && mv"}
+    daemon = kitchen("Archive", "#!/bin/sh", changes)
+    assert kitchen.reply(daemon, MESSAGE) == LOCAL_ERROR
+
+
+def test_attachments_are_refused_by_name(kitchen: Kitchen) -> None:
+    daemon = kitchen("Filters", "FORBIDDEN")
+    mixed = multipart("mixed", TEXT, CSV)
+    assert kitchen.passed(daemon, mixed, HOSTILE) == mixed
+    program = multipart("mixed", TEXT, CSV.replace(b"a.csv", b"Invoice.EXE"))
+    reply = "550 5.7.1 Programs are not accepted by mail"
+    assert kitchen.reply(daemon, program) == reply
+
+
+@requires("spamc", SPAMC)
+@requires("spamd", SPAMD)
+def test_spam_is_refused_if_all_recipients_want_so(
+    kitchen: Kitchen, spamd: str
+) -> None:
+    refuse = kitchen.script("SpamAssassin", "#!/bin/sh", {SPAMD_ADDRESS: spamd})
+    strict = kitchen.place / "strict"
+    strict.write_text("b@example.net\nc@example.net\n")
+    changes = {
+        SPAMD_ADDRESS: spamd,
+        "/usr/local/libexec/refuse-spam": refuse,
+        "/usr/local/etc/strict": strict,
+    }
+    daemon = kitchen("Several recipients", "strict", changes)
+    both = [b"<B@example.net>", b"<c@example.net>"]
+    assert kitchen.reply(daemon, SPAM, HOSTILE, both).startswith("550 5.7.1")
+    marked = kitchen.passed(daemon, SPAM, HOSTILE, [*both, b"<other@example.net>"])
+    assert b"X-Spam-Status: Yes" in header(marked)
+    assert b"X-Spam-Status: No" in kitchen.passed(daemon, MESSAGE, HOSTILE, both)
+    strict.unlink()
+    assert kitchen.reply(daemon, MESSAGE) == LOCAL_ERROR

@@ -120,16 +120,22 @@ class Kitchen:
         The recipe is a script, or lines of the configuration; `settings` are what the
         text around it asks for.
         """
-        text = replaced(recipe(title, words), changes or {})
         config = recipe("Filters", "User: _proxsmtp")
-        if text.startswith("#!"):
-            script = self.place / f"filter-{uuid.uuid4().hex[:8]}"
-            script.write_text(text)
-            script.chmod(0o755)
+        if recipe(title, words).startswith("#!"):
+            script = self.script(title, words, changes)
             config = replaced(config, {FILTER: script})
         else:
-            config += text
+            config += replaced(recipe(title, words), changes or {})
         return self._daemon(config, settings)
+
+    def script(
+        self, title: str, words: str, changes: Mapping[str, object] | None = None
+    ) -> Path:
+        """The script with these words, as a file that can be run."""
+        script = self.place / f"filter-{uuid.uuid4().hex[:8]}"
+        script.write_text(replaced(recipe(title, words), changes or {}))
+        script.chmod(0o755)
+        return script
 
     def _daemon(self, config: str, settings: Mapping[str, str]) -> Daemon:
         temporary = self.place / f"temp-{uuid.uuid4().hex[:8]}"
