@@ -11,16 +11,36 @@ import grp
 import os
 import pwd
 import re
+import smtplib
 import subprocess
 import textwrap
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from helpers import StartDaemon, is_listening, poll, port_of, requires, reserve_port
-from recipes import ACCOUNT, Kitchen, own, public_directory, recipe, replaced, running
+from helpers import (
+    MakeFilter,
+    StartDaemon,
+    is_listening,
+    poll,
+    port_of,
+    requires,
+    reserve_port,
+)
+from postfix import POSTFIX, PrivatePostfix, require_root, smtp, smtpd
+from recipes import (
+    ACCOUNT,
+    MANUAL,
+    Kitchen,
+    own,
+    public_directory,
+    recipe,
+    replaced,
+    running,
+)
 from smtp import ScriptedServer
 
 LOCAL_ERROR = "451 Local Error"
@@ -546,3 +566,55 @@ def test_spam_is_refused_if_all_recipients_want_so(
     assert b"X-Spam-Status: No" in kitchen.passed(daemon, MESSAGE, HOSTILE, both)
     strict.unlink()
     assert kitchen.reply(daemon, MESSAGE) == LOCAL_ERROR
+
+
+CHOOSY = """
+case $RECIPIENTS in *never*) echo '550 5.7.1 Not for them' >&2; exit 1 ;; esac
+printf 'X-Recipients: %s\\n' "$RECIPIENTS"
+exec cat
+"""
+
+
+@requires("postfix", POSTFIX)
+def test_postfix_has_a_message_for_each_recipient(
+    proxsmtpd: StartDaemon, filter_script: MakeFilter
+) -> None:
+    """So that the filter can refuse one of them, and pass the others."""
+    require_root()
+    (limit,) = re.findall(
+        r"^\.Dl (proxsmtpd_destination_recipient_limit) = (.*)",
+        MANUAL.read_text(),
+        re.M,
+    )
+    with ExitStack() as held:
+        holders = [held.enter_context(reserve_port()) for _ in range(3)]
+        entrance, filtered, reentry = map(port_of, holders)
+        services = [
+            smtpd(entrance),
+            smtp("proxsmtpd"),
+            smtpd(reentry, {"content_filter": ""}),
+        ]
+        main = {"content_filter": f"proxsmtpd:[127.0.0.1]:{filtered}"}
+        postfix = held.enter_context(
+            PrivatePostfix(services, {**main, **dict([limit])})
+        )
+        proxsmtpd(
+            {
+                "Listen": f"127.0.0.1:{filtered}",
+                "OutAddress": f"127.0.0.1:{reentry}",
+                "FilterCommand": filter_script(CHOOSY),
+            }
+        )
+        recipients = ["b@example.net", "never@example.net", "c@example.net"]
+        with smtplib.SMTP("127.0.0.1", entrance, "client.example") as client:
+            client.sendmail("a@example.com", recipients, MESSAGE)
+        mails = postfix.wait_mails(3)
+    seen = {mail.recipient: mail.header("X-Recipients") for mail in mails}
+    assert seen == {
+        "b@example.net": "b@example.net",
+        "c@example.net": "c@example.net",
+        "a@example.com": None,
+    }
+    (bounce,) = (mail for mail in mails if mail.sender == "<>")
+    assert b"<never@example.net>: host 127.0.0.1" in bounce.body
+    assert b"Not for them" in bounce.body
