@@ -117,7 +117,7 @@ def test_spamassassin_tags(kitchen: Kitchen, spamd: str) -> None:
 @requires("spamc", SPAMC)
 @requires("spamd", SPAMD)
 def test_spamassassin_refuses_above_a_score(kitchen: Kitchen, spamd: str) -> None:
-    daemon = kitchen("SpamAssassin", "#!/bin/sh", {SPAMD_ADDRESS: spamd})
+    daemon = kitchen("SpamAssassin", "#!/usr/bin/python3", {SPAMD_ADDRESS: spamd})
     assert kitchen.reply(daemon, SPAM) == "550 5.7.1 This message looks like spam"
     folded = SPAM.replace(b"Subject: ", b"Subject: x\r\n \r\n ")
     assert kitchen.reply(daemon, folded).startswith("550 5.7.1")
@@ -128,12 +128,15 @@ def test_spamassassin_refuses_above_a_score(kitchen: Kitchen, spamd: str) -> Non
 
 
 @requires("spamc", SPAMC)
-@pytest.mark.parametrize("words", ["FilterCommand", "#!/bin/sh"])
-def test_spamassassin_is_away(words: str, kitchen: Kitchen) -> None:
+@pytest.mark.parametrize(
+    ("words", "status"), [("FilterCommand", 69), ("#!/usr/bin/python3", 75)]
+)
+def test_spamassassin_is_away(words: str, status: int, kitchen: Kitchen) -> None:
     with reserve_port() as nobody:
         away = f"-d 127.0.0.1 -p {port_of(nobody)}"
         daemon = kitchen("SpamAssassin", words, {SPAMD_ADDRESS: away})
         assert kitchen.reply(daemon, MESSAGE) == LOCAL_ERROR
+        daemon.wait_log(f"filter command failed with {status}$")
 
 
 # --- ClamAV ---
@@ -549,7 +552,9 @@ def test_attachments_are_refused_by_name(kitchen: Kitchen) -> None:
 def test_spam_is_refused_if_all_recipients_want_so(
     kitchen: Kitchen, spamd: str
 ) -> None:
-    refuse = kitchen.script("SpamAssassin", "#!/bin/sh", {SPAMD_ADDRESS: spamd})
+    refuse = kitchen.script(
+        "SpamAssassin", "#!/usr/bin/python3", {SPAMD_ADDRESS: spamd}
+    )
     strict = kitchen.place / "strict"
     strict.write_text("b@example.net\nc@example.net\n")
     changes = {
@@ -617,3 +622,12 @@ def test_postfix_has_a_message_for_each_recipient(
     (bounce,) = (mail for mail in mails if mail.sender == "<>")
     assert b"<never@example.net>: host 127.0.0.1" in bounce.body
     assert b"Not for them" in bounce.body
+
+
+@pytest.mark.parametrize(
+    ("title", "words"), [("ClamAV", "X-Found"), ("Disclaimers", "altermime")]
+)
+def test_temporary_directory_is_full(title: str, words: str, kitchen: Kitchen) -> None:
+    daemon = kitchen(title, words, {'3>"$file"': "3>/dev/full"})
+    assert kitchen.reply(daemon, MESSAGE) == LOCAL_ERROR
+    daemon.wait_log("filter command failed with 75: cat: ")
