@@ -169,6 +169,7 @@ def clamd_configuration(directory: Path) -> Path:
         DatabaseDirectory {directory}
         TemporaryDirectory {directory}
         Foreground true
+        StreamMaxLength 1M
         """
     if os.geteuid() == 0:
         text += f"User {ACCOUNT}\n"
@@ -233,6 +234,23 @@ def test_clamav_puts_aside_and_drops(kitchen: Kitchen, clamd: Path) -> None:
     assert copy.stat().st_mode & 0o777 == 0o600
     found = b"X-Found: Test.Harmless.UNOFFICIAL FOUND\n"
     assert copy.read_bytes() == found + envelope_fields(HOSTILE, recipients) + ATTACHED
+
+
+@requires("clamd", CLAMD)
+@requires("clamdscan", CLAMDSCAN)
+@pytest.mark.parametrize(("words", "kind"), [("$EMAIL", "file"), (QUARANTINE, "pipe")])
+def test_clamav_sees_all_of_a_large_message(
+    words: str, kind: str, kitchen: Kitchen, clamd: Path
+) -> None:
+    """Not only what is before StreamMaxLength."""
+    changes: dict[str, object] = {CLAMD_CONF: clamd}
+    if kind == "pipe":
+        changes[QUARANTINE] = private_directory(kitchen)
+    daemon = kitchen("ClamAV", words, changes, FilterType=kind)
+    large = MESSAGE + b"%078d\r\n" % 0 * 15000 + VIRUS + b"\r\n"
+    reply = "550 5.7.1 This message" if kind == "file" else "250 2.0.0 Ok"
+    assert kitchen.reply(daemon, large).startswith(reply)
+    assert kitchen.server.messages == []
 
 
 @requires("clamd", CLAMD)
