@@ -34,7 +34,7 @@ from postfix import POSTFIX, PrivatePostfix, require_root, smtp, smtpd
 from recipes import (
     ACCOUNT,
     MANUAL,
-    Kitchen,
+    RecipeRunner,
     own,
     public_directory,
     recipe,
@@ -67,9 +67,18 @@ def place() -> Iterator[Path]:
 
 
 @pytest.fixture
-def kitchen(proxsmtpd: StartDaemon, server: ScriptedServer) -> Iterator[Kitchen]:
+def directory() -> Iterator[Path]:
+    """A directory for the daemons of a test."""
     with public_directory() as path:
-        yield Kitchen(path, proxsmtpd, server)
+        yield path
+
+
+# The directory comes first, and so stays until the daemons' last check of it.
+@pytest.fixture
+def runner(
+    directory: Path, proxsmtpd: StartDaemon, server: ScriptedServer
+) -> RecipeRunner:
+    return RecipeRunner(directory, proxsmtpd, server)
 
 
 def header(message: bytes) -> bytes:
@@ -103,39 +112,39 @@ def spamd(place: Path) -> Iterator[str]:
 
 @requires("spamc", SPAMC)
 @requires("spamd", SPAMD)
-def test_spamassassin_tags(kitchen: Kitchen, spamd: str) -> None:
+def test_spamassassin_tags(runner: RecipeRunner, spamd: str) -> None:
     """A field in the message that looks like one of its own does not stay."""
-    daemon = kitchen("SpamAssassin", "FilterCommand", {SPAMD_ADDRESS: spamd})
+    daemon = runner.start("SpamAssassin", "FilterCommand", {SPAMD_ADDRESS: spamd})
     forged = b"X-Spam-Status: No, all is well\r\n" + MESSAGE
-    ham = kitchen.passed(daemon, forged, HOSTILE)
+    ham = runner.passed(daemon, forged, HOSTILE)
     assert b"X-Spam-Status: No, score=" in ham
     assert b"all is well" not in ham
     assert ham.endswith(MESSAGE)
-    assert b"X-Spam-Status: Yes, score=" in header(kitchen.passed(daemon, SPAM))
+    assert b"X-Spam-Status: Yes, score=" in header(runner.passed(daemon, SPAM))
 
 
 @requires("spamc", SPAMC)
 @requires("spamd", SPAMD)
-def test_spamassassin_refuses_above_a_score(kitchen: Kitchen, spamd: str) -> None:
-    daemon = kitchen("SpamAssassin", "#!/usr/bin/python3", {SPAMD_ADDRESS: spamd})
-    assert kitchen.reply(daemon, SPAM) == "550 5.7.1 This message looks like spam"
+def test_spamassassin_refuses_above_a_score(runner: RecipeRunner, spamd: str) -> None:
+    daemon = runner.start("SpamAssassin", "#!/usr/bin/python3", {SPAMD_ADDRESS: spamd})
+    assert runner.reply(daemon, SPAM) == "550 5.7.1 This message looks like spam"
     folded = SPAM.replace(b"Subject: ", b"Subject: x\r\n \r\n ")
-    assert kitchen.reply(daemon, folded).startswith("550 5.7.1")
-    ham = kitchen.passed(daemon, b"X-Spam-Level: " + b"*" * 20 + b"\r\n" + MESSAGE)
+    assert runner.reply(daemon, folded).startswith("550 5.7.1")
+    ham = runner.passed(daemon, b"X-Spam-Level: " + b"*" * 20 + b"\r\n" + MESSAGE)
     assert b"X-Spam-Status: No, score=" in ham
     quoted = MESSAGE + b"X-Spam-Level: " + b"*" * 20 + b"\r\n"
-    assert kitchen.passed(daemon, quoted).endswith(quoted)
+    assert runner.passed(daemon, quoted).endswith(quoted)
 
 
 @requires("spamc", SPAMC)
 @pytest.mark.parametrize(
     ("words", "status"), [("FilterCommand", 69), ("#!/usr/bin/python3", 75)]
 )
-def test_spamassassin_is_away(words: str, status: int, kitchen: Kitchen) -> None:
+def test_spamassassin_is_away(words: str, status: int, runner: RecipeRunner) -> None:
     with reserve_port() as nobody:
         away = f"-d 127.0.0.1 -p {port_of(nobody)}"
-        daemon = kitchen("SpamAssassin", words, {SPAMD_ADDRESS: away})
-        assert kitchen.reply(daemon, MESSAGE) == LOCAL_ERROR
+        daemon = runner.start("SpamAssassin", words, {SPAMD_ADDRESS: away})
+        assert runner.reply(daemon, MESSAGE) == LOCAL_ERROR
         daemon.wait_log(f"filter command failed with {status}$")
 
 
@@ -193,9 +202,9 @@ def clamd(place: Path) -> Iterator[Path]:
         yield config
 
 
-def private_directory(kitchen: Kitchen) -> Path:
+def private_directory(runner: RecipeRunner) -> Path:
     """A directory for what filters keep."""
-    directory = kitchen.place / "kept"
+    directory = runner.place / "kept"
     directory.mkdir(0o700)
     own(directory)
     return directory
@@ -210,25 +219,25 @@ def envelope_fields(sender: bytes, recipients: Sequence[bytes]) -> bytes:
 
 @requires("clamd", CLAMD)
 @requires("clamdscan", CLAMDSCAN)
-def test_clamav_refuses(kitchen: Kitchen, clamd: Path) -> None:
-    daemon = kitchen("ClamAV", "$EMAIL", {CLAMD_CONF: clamd}, FilterType="file")
-    assert kitchen.passed(daemon, MESSAGE, HOSTILE) == MESSAGE
+def test_clamav_refuses(runner: RecipeRunner, clamd: Path) -> None:
+    daemon = runner.start("ClamAV", "$EMAIL", {CLAMD_CONF: clamd}, FilterType="file")
+    assert runner.passed(daemon, MESSAGE, HOSTILE) == MESSAGE
     refusal = "550 5.7.1 This message contains Test.Harmless.UNOFFICIAL"
-    assert kitchen.reply(daemon, INFECTED) == refusal
-    assert kitchen.reply(daemon, ATTACHED) == refusal
+    assert runner.reply(daemon, INFECTED) == refusal
+    assert runner.reply(daemon, ATTACHED) == refusal
 
 
 @requires("clamd", CLAMD)
 @requires("clamdscan", CLAMDSCAN)
-def test_clamav_puts_aside_and_drops(kitchen: Kitchen, clamd: Path) -> None:
-    directory = private_directory(kitchen)
+def test_clamav_puts_aside_and_drops(runner: RecipeRunner, clamd: Path) -> None:
+    directory = private_directory(runner)
     changes = {CLAMD_CONF: clamd, QUARANTINE: directory}
-    daemon = kitchen("ClamAV", QUARANTINE, changes)
-    assert kitchen.passed(daemon, MESSAGE, HOSTILE) == MESSAGE
+    daemon = runner.start("ClamAV", QUARANTINE, changes)
+    assert runner.passed(daemon, MESSAGE, HOSTILE) == MESSAGE
     assert list(directory.iterdir()) == []
     recipients = [b"<b@example.net>", b'<"c d"@example.net>']
-    assert kitchen.reply(daemon, ATTACHED, HOSTILE, recipients) == "250 2.0.0 Ok"
-    assert len(kitchen.server.messages) == 1
+    assert runner.reply(daemon, ATTACHED, HOSTILE, recipients) == "250 2.0.0 Ok"
+    assert len(runner.server.messages) == 1
     (copy,) = directory.iterdir()
     assert copy.suffix == ".eml"
     assert copy.stat().st_mode & 0o777 == 0o600
@@ -240,37 +249,37 @@ def test_clamav_puts_aside_and_drops(kitchen: Kitchen, clamd: Path) -> None:
 @requires("clamdscan", CLAMDSCAN)
 @pytest.mark.parametrize(("words", "kind"), [("$EMAIL", "file"), (QUARANTINE, "pipe")])
 def test_clamav_sees_all_of_a_large_message(
-    words: str, kind: str, kitchen: Kitchen, clamd: Path
+    words: str, kind: str, runner: RecipeRunner, clamd: Path
 ) -> None:
     """Not only what is before StreamMaxLength."""
     changes: dict[str, object] = {CLAMD_CONF: clamd}
     if kind == "pipe":
-        changes[QUARANTINE] = private_directory(kitchen)
-    daemon = kitchen("ClamAV", words, changes, FilterType=kind)
+        changes[QUARANTINE] = private_directory(runner)
+    daemon = runner.start("ClamAV", words, changes, FilterType=kind)
     large = MESSAGE + b"%078d\r\n" % 0 * 15000 + VIRUS + b"\r\n"
     reply = "550 5.7.1 This message" if kind == "file" else "250 2.0.0 Ok"
-    assert kitchen.reply(daemon, large).startswith(reply)
-    assert kitchen.server.messages == []
+    assert runner.reply(daemon, large).startswith(reply)
+    assert runner.server.messages == []
 
 
 @requires("clamd", CLAMD)
 @requires("clamdscan", CLAMDSCAN)
-def test_clamav_cannot_put_aside(kitchen: Kitchen, clamd: Path) -> None:
+def test_clamav_cannot_put_aside(runner: RecipeRunner, clamd: Path) -> None:
     """So the message stays with the client."""
     missing = {QUARANTINE: "/nowhere"}
-    full = {QUARANTINE: private_directory(kitchen), '>"$copy"': ">/dev/full"}
+    full = {QUARANTINE: private_directory(runner), '>"$copy"': ">/dev/full"}
     for changes in (missing, full):
-        daemon = kitchen("ClamAV", QUARANTINE, {CLAMD_CONF: clamd, **changes})
-        assert kitchen.reply(daemon, INFECTED) == LOCAL_ERROR
+        daemon = runner.start("ClamAV", QUARANTINE, {CLAMD_CONF: clamd, **changes})
+        assert runner.reply(daemon, INFECTED) == LOCAL_ERROR
 
 
 @requires("clamdscan", CLAMDSCAN)
 @pytest.mark.parametrize(("words", "kind"), [("$EMAIL", "file"), (QUARANTINE, "pipe")])
-def test_clamav_is_away(words: str, kind: str, kitchen: Kitchen) -> None:
-    config = clamd_configuration(kitchen.place)
-    daemon = kitchen("ClamAV", words, {CLAMD_CONF: config}, FilterType=kind)
+def test_clamav_is_away(words: str, kind: str, runner: RecipeRunner) -> None:
+    config = clamd_configuration(runner.place)
+    daemon = runner.start("ClamAV", words, {CLAMD_CONF: config}, FilterType=kind)
     reply = "451 4.3.0 The virus scanner is not available"
-    assert kitchen.reply(daemon, MESSAGE) == reply
+    assert runner.reply(daemon, MESSAGE) == reply
 
 
 # --- rspamd ---
@@ -353,35 +362,35 @@ def rspamd(place: Path) -> Iterator[Rspamd]:
 
 
 @requires("rspamd", RSPAMD)
-def test_rspamd_adds_and_removes_fields(kitchen: Kitchen, rspamd: Rspamd) -> None:
-    daemon = kitchen("rspamd", "/checkv2", {RSPAMD_ADDRESS: rspamd.address})
+def test_rspamd_adds_and_removes_fields(runner: RecipeRunner, rspamd: Rspamd) -> None:
+    daemon = runner.start("rspamd", "/checkv2", {RSPAMD_ADDRESS: rspamd.address})
     forged = b"X-Spam-Status: No,\r\n all is well\r\nx-spamd-RESULT: x\r\n"
     message = MESSAGE.replace(b"Lunch", b"Lunch \351\377")
     message = message.replace(b"To:", forged + b"To:") + b"X-Spam-Status: here too\r\n"
-    ham = kitchen.passed(daemon, message, b'<"\351\377"@example.com>')
+    ham = runner.passed(daemon, message, b'<"\351\377"@example.com>')
     assert re.search(rb"^X-Spam-Status: (Yes|No), score=", header(ham), re.M)
     assert len(re.findall(rb"(?i)^x-spamd-result:", ham, re.M)) == 1
     assert ham.endswith(message.replace(forged, b""))
     assert b"all is well" not in ham
-    header_only = kitchen.passed(daemon, b"Subject: x\r\n")
+    header_only = runner.passed(daemon, b"Subject: x\r\n")
     assert header_only.startswith(b"X-Spam")
     assert header_only.endswith(b"\r\nSubject: x\r\n")
-    no_header = kitchen.passed(daemon, b"\r\nX-Spam-Status: x\r\n")
+    no_header = runner.passed(daemon, b"\r\nX-Spam-Status: x\r\n")
     assert no_header.endswith(b"\r\n\r\nX-Spam-Status: x\r\n")
 
 
 @requires("rspamd", RSPAMD)
-def test_rspamd_refuses_and_defers(kitchen: Kitchen, rspamd: Rspamd) -> None:
-    daemon = kitchen("rspamd", "/checkv2", {RSPAMD_ADDRESS: rspamd.address})
-    assert kitchen.reply(daemon, SPAM) == "550 5.7.1 This message looks like spam"
+def test_rspamd_refuses_and_defers(runner: RecipeRunner, rspamd: Rspamd) -> None:
+    daemon = runner.start("rspamd", "/checkv2", {RSPAMD_ADDRESS: rspamd.address})
+    assert runner.reply(daemon, SPAM) == "550 5.7.1 This message looks like spam"
     waits = MESSAGE.replace(b"Subject: Lunch\r\n", b"")
-    assert kitchen.reply(daemon, waits) == "451 4.7.1 Please try again later"
+    assert runner.reply(daemon, waits) == "451 4.7.1 Please try again later"
 
 
 @requires("rspamd", RSPAMD)
-def test_rspamd_learns_the_envelope(kitchen: Kitchen, rspamd: Rspamd) -> None:
+def test_rspamd_learns_the_envelope(runner: RecipeRunner, rspamd: Rspamd) -> None:
     """Of the original client too, where there is XFORWARD."""
-    daemon = kitchen("rspamd", "/checkv2", {RSPAMD_ADDRESS: rspamd.address})
+    daemon = runner.start("rspamd", "/checkv2", {RSPAMD_ADDRESS: rspamd.address})
     with daemon.connect() as client:
         client.reply()
         client.expect(b"EHLO mta.example", b"250")
@@ -394,18 +403,18 @@ def test_rspamd_learns_the_envelope(kitchen: Kitchen, rspamd: Rspamd) -> None:
 
 
 @requires("rspamd", RSPAMD)
-def test_rspamd_takes_any_sender(kitchen: Kitchen, rspamd: Rspamd) -> None:
-    daemon = kitchen("rspamd", "/checkv2", {RSPAMD_ADDRESS: rspamd.address})
+def test_rspamd_takes_any_sender(runner: RecipeRunner, rspamd: Rspamd) -> None:
+    daemon = runner.start("rspamd", "/checkv2", {RSPAMD_ADDRESS: rspamd.address})
     for sender in (b"<>", HOSTILE):
-        assert kitchen.passed(daemon, MESSAGE, sender).endswith(MESSAGE)
+        assert runner.passed(daemon, MESSAGE, sender).endswith(MESSAGE)
 
 
 @requires("rspamd", RSPAMD)
-def test_rspamd_is_away(kitchen: Kitchen) -> None:
+def test_rspamd_is_away(runner: RecipeRunner) -> None:
     with reserve_port() as nobody:
         away = f'"127.0.0.1", {port_of(nobody)}'
-        daemon = kitchen("rspamd", "/checkv2", {RSPAMD_ADDRESS: away})
-        assert kitchen.reply(daemon, MESSAGE) == LOCAL_ERROR
+        daemon = runner.start("rspamd", "/checkv2", {RSPAMD_ADDRESS: away})
+        assert runner.reply(daemon, MESSAGE) == LOCAL_ERROR
         daemon.wait_log("filter command failed with 75: ConnectionRefusedError")
 
 
@@ -437,28 +446,28 @@ def is_signed(data: bytes, keys: Path) -> bool:
 
 @requires("python3-dkim", DKIMPY)
 @requires("opendkim-tools", GENKEY)
-def test_dkim_signs(kitchen: Kitchen) -> None:
+def test_dkim_signs(runner: RecipeRunner) -> None:
     """Also what would be changed on the way to the server."""
-    keys = kitchen.place / "keys"
+    keys = runner.place / "keys"
     changes = {DKIM_KEYS: keys, "_proxsmtp": ACCOUNT}
     make = replaced(recipe("DKIM signatures", "opendkim-genkey"), changes)
     subprocess.run(["sh", "-ec", make], check=True)
-    daemon = kitchen("DKIM signatures", "import dkim", {DKIM_KEYS: keys})
-    signed = kitchen.passed(daemon, MESSAGE, HOSTILE)
+    daemon = runner.start("DKIM signatures", "import dkim", {DKIM_KEYS: keys})
+    signed = runner.passed(daemon, MESSAGE, HOSTILE)
     assert signed.endswith(MESSAGE)
     assert signed.startswith(b"DKIM-Signature: v=1; a=rsa-sha256; c=relaxed/relaxed;")
     assert is_signed(signed, keys)
     assert not is_signed(signed.replace(b"noon", b"five"), keys)
     odd = b"bare\rCR\r\r\nand\nLF, 8 bits \351\377\r\n..dots\r\n  blanks \r\n\r\n\r\n"
-    assert is_signed(kitchen.passed(daemon, MESSAGE + odd), keys)
-    assert kitchen.reply(daemon, b"Subject: x\r\n\r\nx\r\n").startswith("550 5.6.0")
+    assert is_signed(runner.passed(daemon, MESSAGE + odd), keys)
+    assert runner.reply(daemon, b"Subject: x\r\n\r\nx\r\n").startswith("550 5.6.0")
 
 
 @requires("python3-dkim", DKIMPY)
-def test_dkim_has_no_key(kitchen: Kitchen) -> None:
+def test_dkim_has_no_key(runner: RecipeRunner) -> None:
     """Then nothing goes out unsigned."""
-    daemon = kitchen("DKIM signatures", "import dkim", {DKIM_KEYS: "/nowhere"})
-    assert kitchen.reply(daemon, MESSAGE) == LOCAL_ERROR
+    daemon = runner.start("DKIM signatures", "import dkim", {DKIM_KEYS: "/nowhere"})
+    assert runner.reply(daemon, MESSAGE) == LOCAL_ERROR
     daemon.wait_log("filter command failed with 75: FileNotFoundError")
 
 
@@ -481,25 +490,25 @@ def multipart(kind: str, *parts: bytes) -> bytes:
 
 
 @pytest.fixture
-def disclaimers(kitchen: Kitchen) -> str:
+def disclaimers(runner: RecipeRunner) -> str:
     """What stands before .txt and .html in the names of two disclaimers."""
-    place = kitchen.place / "disclaimer"
+    place = runner.place / "disclaimer"
     place.with_suffix(".txt").write_bytes(PLAIN_WORDS + b"\n")
     place.with_suffix(".html").write_bytes(HTML_WORDS + b"\n")
     return str(place)
 
 
 @requires("altermime", ALTERMIME)
-def test_disclaimer_is_added(kitchen: Kitchen, disclaimers: str) -> None:
+def test_disclaimer_is_added(runner: RecipeRunner, disclaimers: str) -> None:
     """To the text, and to no attachment."""
-    daemon = kitchen("Disclaimers", "altermime", {DISCLAIMER: disclaimers})
+    daemon = runner.start("Disclaimers", "altermime", {DISCLAIMER: disclaimers})
     added = PLAIN_WORDS + b"\r\n"
-    assert kitchen.passed(daemon, MESSAGE, HOSTILE) == MESSAGE + added
+    assert runner.passed(daemon, MESSAGE, HOSTILE) == MESSAGE + added
     mixed = multipart("mixed", TEXT, CSV)
     expected = multipart("mixed", TEXT + added, CSV)
-    assert kitchen.passed(daemon, mixed) == expected
+    assert runner.passed(daemon, mixed) == expected
     html = TEXT.replace(b"plain", b"html").replace(b"Hello", b"<html>Hi</html>")
-    both = kitchen.passed(daemon, multipart("alternative", TEXT, html))
+    both = runner.passed(daemon, multipart("alternative", TEXT, html))
     assert both.count(PLAIN_WORDS) == both.count(HTML_WORDS) == 1
 
 
@@ -520,15 +529,17 @@ LEFT_ALONE = {
 
 @requires("altermime", ALTERMIME)
 @pytest.mark.parametrize("kind", LEFT_ALONE)
-def test_disclaimer_is_not_added(kind: str, kitchen: Kitchen, disclaimers: str) -> None:
-    daemon = kitchen("Disclaimers", "altermime", {DISCLAIMER: disclaimers})
-    assert kitchen.passed(daemon, LEFT_ALONE[kind]) == LEFT_ALONE[kind]
+def test_disclaimer_is_not_added(
+    kind: str, runner: RecipeRunner, disclaimers: str
+) -> None:
+    daemon = runner.start("Disclaimers", "altermime", {DISCLAIMER: disclaimers})
+    assert runner.passed(daemon, LEFT_ALONE[kind]) == LEFT_ALONE[kind]
 
 
 @requires("altermime", ALTERMIME)
-def test_disclaimer_is_missing(kitchen: Kitchen) -> None:
-    daemon = kitchen("Disclaimers", "altermime", {DISCLAIMER: "/nowhere/text"})
-    assert kitchen.reply(daemon, MESSAGE) == LOCAL_ERROR
+def test_disclaimer_is_missing(runner: RecipeRunner) -> None:
+    daemon = runner.start("Disclaimers", "altermime", {DISCLAIMER: "/nowhere/text"})
+    assert runner.reply(daemon, MESSAGE) == LOCAL_ERROR
 
 
 # --- Archive, attachments, several recipients ---
@@ -536,58 +547,56 @@ def test_disclaimer_is_missing(kitchen: Kitchen) -> None:
 ARCHIVE = "/var/spool/archive"
 
 
-def test_archive_has_a_copy(kitchen: Kitchen) -> None:
-    directory = private_directory(kitchen)
-    daemon = kitchen("Archive", "#!/bin/sh", {ARCHIVE: directory})
+def test_archive_has_a_copy(runner: RecipeRunner) -> None:
+    directory = private_directory(runner)
+    daemon = runner.start("Archive", "#!/bin/sh", {ARCHIVE: directory})
     recipients = [b"<b@example.net>", b'<"c d"@example.net>']
-    assert kitchen.passed(daemon, MESSAGE, HOSTILE, recipients) == MESSAGE
+    assert runner.passed(daemon, MESSAGE, HOSTILE, recipients) == MESSAGE
     (copy,) = directory.iterdir()
     assert copy.suffix == ".eml"
     assert copy.stat().st_mode & 0o777 == 0o600
     assert copy.read_bytes() == envelope_fields(HOSTILE, recipients) + MESSAGE
 
 
-def test_archive_is_missing_or_full(kitchen: Kitchen) -> None:
+def test_archive_is_missing_or_full(runner: RecipeRunner) -> None:
     """Then the message stays with the client."""
     missing = {ARCHIVE: "/nowhere"}
-    full = {ARCHIVE: private_directory(kitchen), '"$copy" && mv': "/dev/full && mv"}
+    full = {ARCHIVE: private_directory(runner), '"$copy" && mv': "/dev/full && mv"}
     for changes in (missing, full):
-        daemon = kitchen("Archive", "#!/bin/sh", changes)
-        assert kitchen.reply(daemon, MESSAGE) == LOCAL_ERROR
+        daemon = runner.start("Archive", "#!/bin/sh", changes)
+        assert runner.reply(daemon, MESSAGE) == LOCAL_ERROR
 
 
-def test_attachments_are_refused_by_name(kitchen: Kitchen) -> None:
-    daemon = kitchen("Filters", "FORBIDDEN")
+def test_attachments_are_refused_by_name(runner: RecipeRunner) -> None:
+    daemon = runner.start("Filters", "FORBIDDEN")
     mixed = multipart("mixed", TEXT, CSV)
-    assert kitchen.passed(daemon, mixed, HOSTILE) == mixed
+    assert runner.passed(daemon, mixed, HOSTILE) == mixed
     program = multipart("mixed", TEXT, CSV.replace(b"a.csv", b"Invoice.EXE"))
     reply = "550 5.7.1 Programs are not accepted by mail"
-    assert kitchen.reply(daemon, program) == reply
+    assert runner.reply(daemon, program) == reply
 
 
 @requires("spamc", SPAMC)
 @requires("spamd", SPAMD)
 def test_spam_is_refused_if_all_recipients_want_so(
-    kitchen: Kitchen, spamd: str
+    runner: RecipeRunner, spamd: str
 ) -> None:
-    refuse = kitchen.script(
-        "SpamAssassin", "#!/usr/bin/python3", {SPAMD_ADDRESS: spamd}
-    )
-    strict = kitchen.place / "strict"
+    refuse = runner.script("SpamAssassin", "#!/usr/bin/python3", {SPAMD_ADDRESS: spamd})
+    strict = runner.place / "strict"
     strict.write_text("b@example.net\nc@example.net\n")
     changes = {
         SPAMD_ADDRESS: spamd,
         "/usr/local/libexec/refuse-spam": refuse,
         "/usr/local/etc/strict": strict,
     }
-    daemon = kitchen("Several recipients", "strict", changes)
+    daemon = runner.start("Several recipients", "strict", changes)
     both = [b"<B@example.net>", b"<c@example.net>"]
-    assert kitchen.reply(daemon, SPAM, HOSTILE, both).startswith("550 5.7.1")
-    marked = kitchen.passed(daemon, SPAM, HOSTILE, [*both, b"<other@example.net>"])
+    assert runner.reply(daemon, SPAM, HOSTILE, both).startswith("550 5.7.1")
+    marked = runner.passed(daemon, SPAM, HOSTILE, [*both, b"<other@example.net>"])
     assert b"X-Spam-Status: Yes" in header(marked)
-    assert b"X-Spam-Status: No" in kitchen.passed(daemon, MESSAGE, HOSTILE, both)
+    assert b"X-Spam-Status: No" in runner.passed(daemon, MESSAGE, HOSTILE, both)
     strict.unlink()
-    assert kitchen.reply(daemon, MESSAGE) == LOCAL_ERROR
+    assert runner.reply(daemon, MESSAGE) == LOCAL_ERROR
 
 
 CHOOSY = """
@@ -645,7 +654,9 @@ def test_postfix_has_a_message_for_each_recipient(
 @pytest.mark.parametrize(
     ("title", "words"), [("ClamAV", "X-Found"), ("Disclaimers", "altermime")]
 )
-def test_temporary_directory_is_full(title: str, words: str, kitchen: Kitchen) -> None:
-    daemon = kitchen(title, words, {'3>"$file"': "3>/dev/full"})
-    assert kitchen.reply(daemon, MESSAGE) == LOCAL_ERROR
+def test_temporary_directory_is_full(
+    title: str, words: str, runner: RecipeRunner
+) -> None:
+    daemon = runner.start(title, words, {'3>"$file"': "3>/dev/full"})
+    assert runner.reply(daemon, MESSAGE) == LOCAL_ERROR
     daemon.wait_log("filter command failed with 75: cat: ")

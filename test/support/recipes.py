@@ -28,6 +28,7 @@ FILTER = "/usr/local/libexec/filter"
 # In place of _proxsmtp: another account can be had by root only.
 ACCOUNT = "nobody" if os.geteuid() == 0 else pwd.getpwuid(os.geteuid()).pw_name
 RECIPIENTS = (b"<b@example.net>",)
+SLOW = 30.0  # seconds that a filter may take on a machine that is busy
 
 
 def blocks(title: str) -> list[str]:
@@ -100,22 +101,21 @@ def running(
         process.wait()
 
 
-class Kitchen:
-    """Where recipes are tried: a directory, daemons, and the server behind them."""
+class RecipeRunner:
+    """Starts daemons with recipes as filters, and sends them messages."""
 
     def __init__(self, place: Path, start: StartDaemon, server: ScriptedServer) -> None:
         self.place, self.server = place, server
-        self._start = start
-        self._daemons: list[Daemon] = []
+        self._start_daemon = start
 
-    def __call__(
+    def start(
         self,
         title: str,
         words: str,
         changes: Mapping[str, object] | None = None,
         **settings: str,
     ) -> Daemon:
-        """A daemon that has the recipe with these words as its filter.
+        """Return a running daemon whose filter is the recipe with these words.
 
         The recipe is a script, or lines of the configuration; `settings` are what the
         text around it asks for.
@@ -150,7 +150,7 @@ class Kitchen:
             }
             config = replaced(config, changes)
             config += "".join(f"{k}: {v}\n" for k, v in settings.items())
-            return self._start(config)
+            return self._start_daemon(config)
 
     def reply(
         self,
@@ -159,8 +159,8 @@ class Kitchen:
         sender: bytes = b"<a@example.com>",
         recipients: Sequence[bytes] = RECIPIENTS,
     ) -> str:
-        """What a client hears that sends this message."""
-        with daemon.connect() as client:
+        """Send a message and return the final reply."""
+        with daemon.connect(SLOW) as client:
             reply = client.message(data, sender, recipients)
         return reply.decode().rstrip()
 
@@ -171,7 +171,7 @@ class Kitchen:
         sender: bytes = b"<a@example.com>",
         recipients: Sequence[bytes] = RECIPIENTS,
     ) -> bytes:
-        """What the server gets of a message that it must get."""
+        """Send a message that must pass, and return the mail data the server got."""
         before = len(self.server.messages)
         reply = self.reply(daemon, data, sender, recipients)
         assert reply.startswith("250 2.0.0 Ok: queued"), (reply, daemon.log())
