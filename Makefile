@@ -33,6 +33,12 @@ PROGRAM_PATH = $(DESTDIR)$(SBINDIR)/proxsmtpd
 CONFIG_PATH = $(DESTDIR)$(SYSCONFDIR)/proxsmtpd.conf
 MAN8_PATH = $(DESTDIR)$(MANDIR)/man8/proxsmtpd.8
 MAN5_PATH = $(DESTDIR)$(MANDIR)/man5/proxsmtpd.conf.5
+# The recipes have these in single quotes.  Each make exports what its command line sets.
+REFUSE_QUOTES = for name in DESTDIR PREFIX SBINDIR SYSCONFDIR MANDIR PYTHON JOBS; do \
+	eval "value=\$$$$name"; \
+	case $$value in *\'*) \
+	    echo "$$name must not contain a single quote: $$value" >&2; exit 1 ;; \
+	esac; done
 # No blank can be in a program's first line, and no more than 255 octets of it count.
 CHECK_PYTHON = '$(PYTHON)' -c 'import os, sys; python = sys.executable; \
 	sys.version_info < (3, 9) and \
@@ -55,6 +61,7 @@ demo:
 
 # Side by side where pytest-xdist is there or can be had, else one after the other.
 check:
+	@$(REFUSE_QUOTES)
 	@if $(PYTHON) -c 'import pytest, xdist' 2>/dev/null; then python='$(PYTHON)'; \
 	elif $(MAKE) $(VENV)/bin/pytest; then python=$(VENV)/bin/python; \
 	else python='$(PYTHON)'; fi && \
@@ -95,6 +102,7 @@ $(VENV)/bin/ruff: $(VENV)/bin/python
 # written beside its place, and the program run, before it is moved there.  man(1)
 # prefers compressed pages, which the original's would be.
 install:
+	@$(REFUSE_QUOTES)
 	@$(CHECK_PYTHON)
 	@set -e; \
 	put() { \
@@ -121,6 +129,7 @@ install:
 
 # The configuration stays: it is the administrator's.
 uninstall:
+	@$(REFUSE_QUOTES)
 	rm -f '$(PROGRAM_PATH)' '$(MAN8_PATH)' '$(MAN5_PATH)' '$(CONFIG_PATH).sample'
 
 clean:

@@ -6,6 +6,8 @@ See README beside this file.
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from detached import Detach, DetachedFactory
 from helpers import DaemonFactory, MakeFilter, MakeServer, StartDaemon
 from smtp import ScriptedServer
 
@@ -73,14 +76,36 @@ def filter_script(tmp_path: Path) -> MakeFilter:
 
 
 @pytest.fixture
-def proxsmtpd(tmp_path: Path, server: ScriptedServer) -> Iterator[StartDaemon]:
+def proxsmtpd(
+    request: pytest.FixtureRequest, tmp_path: Path, server: ScriptedServer
+) -> Iterator[StartDaemon]:
     """A factory of running daemons; see `DaemonFactory` and `Daemon`.
 
     A configuration without Listen, OutAddress or TempDirectory gets a free port,
     the scripted server and an empty directory.  At the end of the test each daemon
-    must still live (or have been stopped), end when told to, and have left neither
-    a traceback nor a temporary file nor a process.
+    must still live (or have been stopped), end at SIGTERM, and have left neither
+    a traceback nor a temporary file nor a process.  The fixture's parameter, if it has
+    one, is the program's command line; see `on_other_systems`.
     """
-    factory = DaemonFactory(tmp_path, server)
+    factory = DaemonFactory(tmp_path, server, getattr(request, "param", ()))
+    yield factory
+    factory.finish()
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A directory that every user can get at (pytest's own are its user's)."""
+    path = Path(tempfile.mkdtemp(prefix="proxsmtpd-test-"))
+    path.chmod(0o755)
+    (path / "temp").mkdir()
+    (path / "temp").chmod(0o1777)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def detach(place: Path, server: ScriptedServer) -> Iterator[Detach]:
+    """A factory of daemons: settings in, and what runs afterwards out."""
+    factory = DetachedFactory(place, server)
     yield factory
     factory.finish()

@@ -3,7 +3,7 @@
     clients -> HAProxy -> proxsmtpd a, with its filter -> server
                        -> proxsmtpd b, with its filter ->
 
-The clients try each message again under a new key until they hear that it was
+The clients try each message again under a new key until the reply says that it was
 accepted, as an MTA does.  Meanwhile one proxsmtpd after the other ends and comes
 back; each time the server has stored a message of just this one and not said so.
 
@@ -38,11 +38,12 @@ from pathlib import Path
 from typing import Callable, NamedTuple, Optional, Protocol
 
 import pytest
-from test_ledger import QUEUED, Lost, key_and_plan, message_data, say
 
 import proxsmtpd as program
 from haproxy import HAPROXY, HAProxy, listen_section
 from helpers import (
+    GREETING,
+    MESSAGE,
     Daemon,
     MakeFilter,
     MakeServer,
@@ -53,6 +54,7 @@ from helpers import (
     requires,
     reserve_port,
 )
+from ledger import ACCEPTED, Lost, key_and_plan, message_data, say
 from smtp import Action, RawClient, Recorded, ScriptedServer
 
 needs_haproxy = requires("haproxy", HAPROXY)
@@ -66,8 +68,6 @@ PATIENCE = 60.0
 
 NAMES = ("a", "b")
 SHUTTING_DOWN = b"421 Service shutting down"
-GREETING = b"220 smtp.passthru ESMTP\r\n"
-MESSAGE = b"Subject: Hello\r\n\r\nHello\r\n"
 
 
 def mark_of(name: str) -> bytes:
@@ -127,7 +127,7 @@ class Store:
         self.data.append(data)
         if any(data.endswith(mark) for mark in self._wanted):
             self._hold()
-        return QUEUED.replace(b"K", key_and_plan(data)[0]) + b"\r\n"
+        return ACCEPTED.replace(b"K", key_and_plan(data)[0]) + b"\r\n"
 
     def _hold(self) -> None:
         self._wanted.clear()
@@ -292,7 +292,7 @@ class Load:
         try:
             self._send(client, attempt, is_first=is_first)
         except (Lost, ConnectionError):
-            pass  # The books know whether this was to be.
+            pass  # The ledger knows whether it may be.
         finally:
             attempt.ended = time.monotonic()
             self._note(attempt)
@@ -323,11 +323,11 @@ class Load:
             self._progress.notify_all()
 
 
-# --- The books ---
+# --- The ledger ---
 
 
-class Books:
-    """What the clients heard and what the server stored, compared."""
+class Ledger:
+    """Compares the replies to the clients with what the server stored."""
 
     def __init__(self, load: Load, store: Store, pair: Pair) -> None:
         self._attempts, self._ends = load.attempts, pair.ends
@@ -345,13 +345,13 @@ class Books:
         assert self._stored.keys() <= {attempt.key for attempt in self._attempts}
 
     def _check(self, attempt: Attempt) -> str:
-        """What an attempt is in the books as."""
+        """Name the kind of entry that an attempt is in the ledger."""
         stored = self._stored.get(attempt.key, [])
         whole = [attempt.data + mark_of(name) for name in NAMES]
         assert len(stored) <= 1, f"doubled on the way: {attempt.key!r}"
         assert not stored or stored[0] in whole, f"stored otherwise: {attempt.key!r}"
         if attempt.is_accepted:
-            assert attempt.reply == QUEUED.replace(b"K", attempt.key)
+            assert attempt.reply == ACCEPTED.replace(b"K", attempt.key)
             assert stored, f"lost: {attempt.key!r}"
             return "accepted"
         assert attempt.reply in (None, SHUTTING_DOWN), attempt
@@ -399,11 +399,11 @@ def test_one_ends_after_the_other(
                 pair.start(name)
                 haproxy.wait_state(name, "UP")
             load.stretch()
-    books = Books(load, store, pair)
-    books.check()
-    print(books.count)
-    doubles = books.count["unanswered, but stored"]
-    assert len(store.data) == books.count["accepted"] + doubles
+    ledger = Ledger(load, store, pair)
+    ledger.check()
+    print(ledger.count)
+    doubles = ledger.count["unanswered, but stored"]
+    assert len(store.data) == ledger.count["accepted"] + doubles
     if how == signal.SIGKILL:
         assert doubles >= len(NAMES), "those that were staged"
     else:
@@ -429,7 +429,7 @@ def test_one_is_not_there(proxsmtpd: StartDaemon, put_in_front: PutInFront) -> N
 def test_more_clients_than_places(
     proxsmtpd: StartDaemon, put_in_front: PutInFront
 ) -> None:
-    """With HAProxy's maxconn below MaxConnections, clients wait and hear no 421."""
+    """With HAProxy's maxconn below MaxConnections, clients wait and get no 421."""
     daemon = proxsmtpd({"MaxConnections": 4})
     haproxy = put_in_front({"a": f"{daemon.address} no-check"}, maxconn="2")
     with ExitStack() as stack:
@@ -455,9 +455,9 @@ def test_client_leaves_before_it_is_accepted(
     tmp_path: Path,
 ) -> None:
     """HAProxy passes it on that a client has gone, and nothing is delivered."""
-    gate, running = tmp_path / "gate", tmp_path / "running"
-    os.mkfifo(gate)
-    script = filter_script(f"echo >{running}; read -r _ <{gate}; cat")
+    fifo, running = tmp_path / "fifo", tmp_path / "running"
+    os.mkfifo(fifo)
+    script = filter_script(f"echo >{running}; read -r _ <{fifo}; cat")
     daemon = proxsmtpd({"FilterCommand": script})
     haproxy = put_in_front({"a": f"{daemon.address} no-check"})
     with RawClient(haproxy.address) as client:
@@ -468,7 +468,7 @@ def test_client_leaves_before_it_is_accepted(
         assert has_connection(daemon.port)
         leave(client)
         assert poll(lambda: not has_connection(daemon.port))
-        gate.write_text("\n")
+        fifo.write_text("\n")
         daemon.wait_log("client went before its message was accepted")
     (connection,) = server.connections
     server.wait_for(lambda: connection.closed)
@@ -499,12 +499,12 @@ def ends_of(client: RawClient) -> Ends:
 
 def start_proxied(start: StartDaemon, **settings: object) -> Daemon:
     """A proxsmtpd that expects the header and tells everybody about the client."""
-    told = {"ProxyProtocol": "on", "XClient": "on", "FilterCommand": TELL_CLIENT}
-    return start({**told, "Header": "X-Ends: %i %l", **settings})
+    common = {"ProxyProtocol": "on", "XClient": "on", "FilterCommand": TELL_CLIENT}
+    return start({**common, "Header": "X-Ends: %i %l", **settings})
 
 
-def check_told(daemon: Daemon, server: ScriptedServer, ends: Ends) -> None:
-    """That filter, log, header and server were told these ends for the message."""
+def check_ends(daemon: Daemon, server: ScriptedServer, ends: Ends) -> None:
+    """Check that filter, log, header and server have these ends for the message."""
     message = server.wait_message()
     assert f"X-Client: {ends.client}\r\n".encode() in message.data
     assert f"X-Ends: {ends.client} {ends.local}\r\n".encode() in message.data
@@ -540,13 +540,13 @@ def test_header_of_haproxy(
     proxsmtpd: StartDaemon,
     put_in_front: PutInFront,
 ) -> None:
-    """Everybody hears of HAProxy's client, and the loopback feature connects to it."""
+    """All have the address of HAProxy's client, to which OutAddress leads back."""
     server = make_server(extensions=[PROXY_XCLIENT], host=client_host)
     daemon = start_proxied(proxsmtpd, OutAddress=server.port)
     haproxy = put_in_front({"a": f"{daemon.address} no-check {send}"}, host=host)
     with RawClient(haproxy.address, source=(client_host, 0)) as client:
         assert client.message(MESSAGE).startswith(b"250")
-        check_told(daemon, server, ends_of(client))
+        check_ends(daemon, server, ends_of(client))
 
 
 @needs_haproxy
@@ -762,7 +762,7 @@ UNFINISHED: dict[str, bytes] = {
     "v2-addresses-cut": v2(TCP4, block(FOUR))[:-1],
     "v2-fields-cut": v2(TCP4, block(FOUR) + tlv(NOOP, b"12"))[:-1],
 }
-NO_HEADER = r"no PROXY header from 127\.0\.0\.3\b"
+NO_HEADER = r"(?:no|bad) PROXY header from 127\.0\.0\.3\b"
 ANYWHERE = "127.0.0.3"  # where those come from who make headers themselves
 
 
@@ -779,7 +779,7 @@ def connect(daemon: Daemon) -> RawClient:
 
 
 def check_closed(client: RawClient, daemon: Daemon, server: ScriptedServer) -> None:
-    """That it heard nothing and the server neither; the next one is served."""
+    """Check that it and the server got nothing, and that the next one is served."""
     assert client.eof()
     daemon.wait_log(NO_HEADER)
     assert server.connections == []
@@ -799,7 +799,7 @@ def test_good_header(
     client = connect(daemon)
     client.send(header)
     assert client.message(MESSAGE).startswith(b"250")
-    check_told(daemon, server, ends or ends_of(client))
+    check_ends(daemon, server, ends or ends_of(client))
 
 
 @of_each(SOME)
@@ -814,7 +814,7 @@ def test_header_in_pieces(
     for octet in header:
         client.send(bytes([octet]))
     assert client.message(MESSAGE).startswith(b"250")
-    check_told(daemon, server, ends or ends_of(client))
+    check_ends(daemon, server, ends or ends_of(client))
 
 
 @of_each(SOME)
@@ -833,7 +833,7 @@ def test_header_and_commands_at_once(
     codes = [client.reply()[:3] for _ in range(5)]
     assert codes == [b"220", b"250", b"250", b"250", b"354"]
     assert client.command(MESSAGE + b".").startswith(b"250")
-    check_told(daemon, server, ends or ends_of(client))
+    check_ends(daemon, server, ends or ends_of(client))
 
 
 def test_unix_socket_with_header(
@@ -846,7 +846,7 @@ def test_unix_socket_with_header(
     client = daemon.connect()
     client.send(v2(TCP4, block(FOUR)))
     assert client.message(MESSAGE).startswith(b"250")
-    check_told(daemon, server, FOUR)
+    check_ends(daemon, server, FOUR)
 
 
 @of_each(BAD)

@@ -1,4 +1,4 @@
-"""The path of MAIL and RCPT: what the server takes is what filter and log are told.
+"""The path of MAIL and RCPT: filter and log get what the server takes.
 
     client -> proxsmtpd -> Exim, OpenSMTPD, Postfix or the scripted server
 

@@ -23,11 +23,19 @@ from typing import Callable
 
 import pytest
 
-from helpers import Daemon, MakeFilter, MakeServer, StartDaemon, poll, requires
+from helpers import (
+    Daemon,
+    MakeFilter,
+    MakeServer,
+    StartDaemon,
+    as_root,
+    poll,
+    requires,
+    stuffed,
+)
 from mtas import EXIM, OPENSMTPD, PASSWORD, SIZE_LIMIT, USER, Kind, Peer
 from smtp import RawClient, ScriptedServer
 
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can start servers")
 needs = {kind: requires(kind.package, kind.program) for kind in (EXIM, OPENSMTPD)}
 only_exim = pytest.mark.parametrize(
     "peer", [pytest.param(EXIM, marks=needs[EXIM], id=str(EXIM))], indirect=True
@@ -62,11 +70,6 @@ def peer(request: pytest.FixtureRequest) -> Iterator[Peer]:
     kind: Kind = request.param
     with Peer(kind) as running:
         yield running
-
-
-def stuffed(data: bytes) -> bytes:
-    """Give mail data as it is on the wire, without its end."""
-    return re.sub(rb"(?m)^\.", b"..", data)
 
 
 def deliver(client: RawClient, data: bytes) -> bytes:
@@ -606,7 +609,8 @@ def test_client_authenticates(
     result = send(client, tmp_path, daemon, mechanism, WRONG_PASSWORD)
     assert result.status != 0, result.output
     assert peer.accepted() == 1
-    assert f"{mechanism} authenticator failed" in peer.log()
+    # Exim logs this after its reply.
+    assert poll(lambda: f"{mechanism} authenticator failed" in peer.log()), peer.log()
     assert_no_secrets(daemon)
 
 

@@ -2,7 +2,7 @@
 
     client -> smtpd (smtpd_proxy_filter) -> proxsmtpd -> smtpd -> queue -> maildir
 
-The client waits while the filter runs, and hears its verdict.  Both smtpds are of one
+The client waits while the filter runs, and gets its verdict.  Both smtpds are of one
 private Postfix, which is entered by several ports: "streamed" passes on each command
 as it comes, "speed_adjust" takes the whole message first, and "hasty" is like the
 first but does not wait for long.  All trust XCLIENT, so that a test can come from
@@ -152,10 +152,10 @@ def chain(postfix_chain: Chain) -> Iterator[Chain]:
 
 
 class Verdict(NamedTuple):
-    """A filter, what the client hears, what our log has, what is delivered."""
+    """A filter, the client's reply, our status and the delivered line."""
 
     script: str
-    heard: bytes  # a pattern
+    reply: bytes  # a pattern
     status: str
     delivered: Optional[bytes] = None
 
@@ -201,15 +201,15 @@ def test_client_hears_the_verdict(
 ) -> None:
     daemon = proxsmtpd(chain.settings(filter_script(case.script)), level=3)
     with chain.client(entrance) as client:
-        heard = verdict(client)
-        assert re.fullmatch(case.heard, heard)
+        reply = verdict(client)
+        assert re.fullmatch(case.reply, reply)
         client.quit()
     daemon.wait_log(
         rf"client=127\.0\.0\.1, from={SENDER}, to={RECIPIENT}, "
         rf"status={re.escape(case.status)}$"
     )
-    outcome = "accept" if heard[:1] == b"2" else "reject"
-    said = re.escape(heard.decode().strip())
+    outcome = "accept" if reply[:1] == b"2" else "reject"
+    said = re.escape(reply.decode().strip())
     chain.postfix.wait_log(
         rf"proxy-{outcome}: END-OF-MESSAGE: {said}; from=<{SENDER}> to=<{RECIPIENT}> "
         r"proto=ESMTP helo=<far\.example>"
@@ -388,7 +388,7 @@ def without_server(chain: Chain, start: StartDaemon) -> str:
 def test_proxsmtpd_cannot_be_used(
     chain: Chain, proxsmtpd: StartDaemon, entrance: str, obstacle: Obstacle
 ) -> None:
-    """The client is to try again, and Postfix logs what it was told."""
+    """The client is to try again, and Postfix logs our reply."""
     warning = obstacle(chain, proxsmtpd).format(chain.filter_port)
     with chain.client(entrance) as client:
         assert verdict(client) == NO_FILTER

@@ -1,4 +1,4 @@
-"""XClient against a real Postfix, as the server that is told who the client is.
+"""XClient against a real Postfix, as the server that gets the client's attributes.
 
     client -> proxsmtpd (XClient: on) -> smtpd -> queue -> maildir
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
-from helpers import Daemon, StartDaemon, port_of, requires, reserve_port
+from helpers import MESSAGE, Daemon, StartDaemon, port_of, requires, reserve_port
 from postfix import POSTFIX, RECIPIENT, SENDER, PrivatePostfix, require_root, smtpd
 from smtp import RawClient
 
@@ -52,7 +52,6 @@ SMTPDS: Mapping[str, Mapping[str, str]] = {
 HELLO = b"EHLO far.example"
 MAIL = f"MAIL FROM:<{SENDER}>".encode()
 RCPT = f"RCPT TO:<{RECIPIENT}>".encode()
-MESSAGE = b"Subject: offer\r\n\r\ncheap watches\r\n"
 DID_NOT_ACCEPT = "server didn't (accept|offer) XCLIENT$"
 
 
@@ -122,10 +121,10 @@ def send(client: RawClient, data: bytes = MESSAGE) -> None:
     client.expect(data + b".", b"250 2.0.0 Ok: queued as ")
 
 
-# --- What the server hears ---
+# --- Attributes ---
 
 
-class Heard(NamedTuple):
+class Attributes(NamedTuple):
     """Who says what, and what Postfix makes of it."""
 
     hello: bytes
@@ -133,23 +132,23 @@ class Heard(NamedTuple):
     received: str
 
 
-HEARD = {
-    "EHLO": Heard(
+ATTRIBUTES = {
+    "EHLO": Attributes(
         b"EHLO far.example",
         "127.0.0.2",
         "from far.example (unknown [127.0.0.2]) by mail.example (Postfix) with ESMTP ",
     ),
-    "HELO": Heard(
+    "HELO": Attributes(
         b"HELO far.example",
         "127.0.0.3",
         "from far.example (unknown [127.0.0.3]) by mail.example (Postfix) with SMTP ",
     ),
-    "octets that xtext encodes": Heard(
+    "octets that xtext encodes": Attributes(
         b"EHLO a+b=c",
         "127.0.0.4",
         "from a+b=c (unknown [127.0.0.4]) by mail.example (Postfix) with ESMTP ",
     ),
-    "address literal": Heard(
+    "address literal": Attributes(
         b"EHLO [127.0.0.5]",
         "127.0.0.5",
         "from [127.0.0.5] (unknown [127.0.0.5]) by mail.example (Postfix) with ESMTP ",
@@ -157,9 +156,9 @@ HEARD = {
 }
 
 
-@pytest.mark.parametrize("case", HEARD.values(), ids=HEARD)
+@pytest.mark.parametrize("case", ATTRIBUTES.values(), ids=ATTRIBUTES)
 def test_server_hears_of_the_client(
-    servers: Servers, proxsmtpd: StartDaemon, case: Heard
+    servers: Servers, proxsmtpd: StartDaemon, case: Attributes
 ) -> None:
     daemon = proxsmtpd(servers.settings("trusting"), level=1)
     client = connect(daemon, case.source)
@@ -255,7 +254,7 @@ def test_client_does_not_inherit_the_name_of_the_proxy(
     assert "(unknown [127.0.0.5])" in str(mail.header("Received"))
 
 
-# --- Servers that do not want to hear it ---
+# --- Servers that refuse XCLIENT ---
 
 
 @pytest.mark.parametrize("hello", [b"EHLO", b"HELO"], ids=bytes.decode)

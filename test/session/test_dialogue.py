@@ -1,4 +1,4 @@
-r"""The dialogue, played from transcripts in `dialogues/*.txt`.
+r"""The dialogue, by the transcripts in `dialogues/*.txt`.
 
 A transcript begins with what is set up, one thing a line, and goes on, after an
 empty line, with what must happen, in this order.  `#` begins a comment line; the
@@ -151,8 +151,8 @@ def read(path: Path) -> Transcript:
     return transcript
 
 
-class Player:
-    """Plays the steps of a transcript, with the client's and the server's eyes."""
+class Runner:
+    """Takes the steps of a transcript, as the client and as the server."""
 
     def __init__(self, daemon: Daemon, server: ScriptedServer) -> None:
         self.daemon, self.server = daemon, server
@@ -163,8 +163,8 @@ class Player:
         self.optional: list[bytes] = []  # Lines that the server may receive.
         self.forbidden: list[str] = []
 
-    def play(self, steps: Sequence[tuple[int, str, str]]) -> None:
-        """Play all steps; an AssertionError names the line of the file."""
+    def run(self, steps: Sequence[tuple[int, str, str]]) -> None:
+        """Take all steps; an AssertionError names the line of the file."""
         for operator, number, texts in merged(steps):
             try:
                 self.step(operator, texts)
@@ -173,7 +173,7 @@ class Player:
         self.finish()
 
     def step(self, operator: str, texts: list[str]) -> None:
-        """Play one step, or several that belong together."""
+        """Take one step, or several that belong together."""
         if operator == "->":
             self.client.send(b"".join(map(octets, texts)))
         elif operator == "-!":
@@ -207,11 +207,11 @@ class Player:
             assert self.client.eof(), "the client's connection goes on"
             self.gone = True
         elif operator == "<-":
-            heard = self.client.line()
-            assert heard == octets(text) + b"\r\n", heard
+            received = self.client.line()
+            assert received == octets(text) + b"\r\n", received
         elif operator == "<~" or not self.client.at_end():
-            heard = self.client.line()
-            assert re.fullmatch(octets(text) + b"\r\n", heard), heard
+            received = self.client.line()
+            assert re.fullmatch(octets(text) + b"\r\n", received), received
 
     def server_says(self, action: Action) -> None:
         """Make the server say, or do, something unasked."""
@@ -234,9 +234,9 @@ class Player:
             self.optional.append(octets(text))
             return
         pattern = octets(text) if operator == "=~" else re.escape(octets(text))
-        while not re.fullmatch(pattern, heard := self.next_line(connection)):
-            assert heard in self.optional, f"the server received {heard!r}"
-            self.optional.remove(heard)
+        while not re.fullmatch(pattern, received := self.next_line(connection)):
+            assert received in self.optional, f"the server received {received!r}"
+            self.optional.remove(received)
 
     def next_line(self, connection: Recorded) -> bytes:
         """The next line that the server receives."""
@@ -264,6 +264,8 @@ class Player:
         if known:
             self.server.wait_for(lambda: known.closed)
         assert len(self.server.messages) == self.messages
+        if self.forbidden:
+            self.daemon.wait_log("CLIENT connection closed$")
         for pattern in self.forbidden:
             assert not re.search(pattern, self.daemon.log(), re.M), pattern
 
@@ -296,7 +298,7 @@ def test_transcript(
     transcript = read(path)
     server = make_server(transcript.script)
     daemon = proxsmtpd(transcript.settings, server=server)
-    Player(daemon, server).play(transcript.steps)
+    Runner(daemon, server).run(transcript.steps)
 
 
 # --- What a transcript cannot say ---
@@ -663,7 +665,7 @@ def test_no_smuggling(
 def test_server_gone_in_streamed_data(
     how: Action, make_server: MakeServer, proxsmtpd: StartDaemon
 ) -> None:
-    """The client's data is read to its end, then it hears what became of it."""
+    """The client's data is read to its end before it is answered."""
     server = make_server({"DATA": how})
     client = proxsmtpd(server=server).connect()
     client.start()
@@ -677,7 +679,7 @@ def test_server_gone_in_streamed_data(
 def test_server_says_why_it_goes_in_streamed_data(
     make_server: MakeServer, proxsmtpd: StartDaemon
 ) -> None:
-    """The client hears that, and not just that it has gone."""
+    """The client gets that reply, and not just that it has gone."""
     server = make_server()
     client = proxsmtpd(server=server).connect()
     client.start()
@@ -810,4 +812,5 @@ def test_server_that_resets_at_once(proxsmtpd: StartDaemon) -> None:
     listener.close()
     thread.join()
     assert answers == {b"421 "}
+    assert daemon.stop() == 0  # that line would come after the reply
     assert "session failed" not in daemon.log()

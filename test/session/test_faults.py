@@ -1,10 +1,10 @@
-"""Whatever breaks: what everybody hears and sees, what works next, what is left.
+"""Whatever breaks: what everybody receives, what works next, what is left.
 
-`support/fault_table.py` is the table.  Each of its cells is one mail transaction
-through a real process, played together with others that need the same settings.
+`support/fault_table.py` is the table.  Each of its cases is one mail transaction
+through a real process, run together with others that need the same settings.
 OutAddress is a port alone, so that proxsmtpd connects back to where a client comes
-from: each cell has a loopback address of its own, there a scripted server that breaks as the cell
-says, and, by $CLIENT, a filter of its own.
+from: each case has a loopback address of its own, there a scripted server that breaks
+as the case says, and, by $CLIENT, a filter of its own.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ import pwd
 import re
 import resource
 import select
-import shutil
 import socket
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,8 +28,18 @@ from typing import Any, Callable, Optional, cast
 import pytest
 
 import fault_table
-from fault_table import Cell
-from helpers import MARKER, PATIENCE, StartDaemon, poll, port_of, reserve_port
+from fault_table import Case
+from helpers import (
+    MARKER,
+    MEGABYTE,
+    PATIENCE,
+    StartDaemon,
+    as_root,
+    open_files,
+    poll,
+    port_of,
+    reserve_port,
+)
 from smtp import (
     EXTENSIONS,
     Action,
@@ -45,7 +53,7 @@ from smtp import (
     multiline,
 )
 
-# So many cells at a time; those that wait for time outs do little else.
+# So many cases at a time; those that wait for time outs do little else.
 FEW, MANY = 6, 16
 
 SETTINGS: Mapping[str, Mapping[str, object]] = {
@@ -59,7 +67,6 @@ PATIENT = {"TimeOut": 30, "FilterTimeout": 30}
 # A NOOP, too, comes after a second.
 IMPATIENT = ({"TimeOut": 1, "FilterTimeout": 1}, {"TimeOut": 2, "FilterTimeout": 9})
 
-MEGABYTE = 1 << 20
 HEADER = b"Subject: test\r\n\r\n"
 LINES = b"".join(b"%070d\r\n" % number for number in range(40_000))
 BODIES = {"short": b"Hello\r\n", "long": LINES, "huge": LINES * 3}
@@ -131,8 +138,8 @@ GREETINGS: Mapping[str, Action] = {
 Condition = contextlib.AbstractContextManager[None]  # while it lasts, something fails
 
 
-class Gate:
-    """By which a filter, or the server, stops for the test, and later goes on."""
+class Barrier:
+    """Holds a filter, or the server, until the test lets it go on."""
 
     def __init__(self, stem: Path) -> None:
         self.reached, self.go = Path(f"{stem}.reached"), Path(f"{stem}.go")
@@ -172,8 +179,8 @@ class Gate:
             os.close(end)
 
 
-class Theatre:
-    """A daemon, and where the cells that need its settings are played."""
+class Scenario:
+    """A daemon, and the addresses for the cases that need its settings."""
 
     def __init__(
         self,
@@ -195,11 +202,12 @@ class Theatre:
                 **SETTINGS[way],
                 **settings,
             },
-            level=3,
             **options,
         )
         self.pid = self.daemon.process.pid
-        self._hosts = (f"127.1.{n // 250}.{n % 250 + 1}" for n in itertools.count())
+        # Of this process alone: another run of these tests takes ports, too.
+        network = f"127.{os.getpid() % 250 + 1}"
+        self._hosts = (f"{network}.{n // 250}.{n % 250 + 1}" for n in itertools.count())
         self._before = footprint(self.pid)
 
     def close(self) -> None:
@@ -207,56 +215,56 @@ class Theatre:
         self._holder.close()
 
     def next_host(self) -> str:
-        """A loopback address that no cell has had."""
+        """A loopback address that no case has had."""
         return next(self._hosts)
 
-    def play(self, cell: Cell) -> str:
-        """Play one cell; what is wrong with it, or nothing."""
-        with contextlib.closing(Stage(cell, self)) as stage:
-            return stage.verdict(stage.fail) or stage.verdict(stage.recover)
+    def run(self, case: Case) -> str:
+        """Run one case; returns what is wrong with it, or nothing."""
+        with contextlib.closing(Trial(case, self)) as trial:
+            return trial.verdict(trial.fail) or trial.verdict(trial.recover)
 
-    def play_all(self, cells: Iterable[Cell], workers: int) -> None:
-        """Play cells, so many at a time; fails for all that are wrong."""
+    def run_all(self, cases: Iterable[Case], workers: int) -> None:
+        """Run cases, so many at a time; fails for all that are wrong."""
         with ThreadPoolExecutor(workers) as pool:
-            wrong = list(filter(None, pool.map(self.play, cells)))
+            wrong = list(filter(None, pool.map(self.run, cases)))
         if wrong:
             pytest.fail("\n".join(wrong), pytrace=False)
 
-    def play_while(self, fault: Condition, cell: Cell) -> None:
-        """Play one cell as long as the fault lasts; fails if that is wrong."""
-        with contextlib.closing(Stage(cell, self)) as stage:
+    def run_during(self, fault: Condition, case: Case) -> None:
+        """Run one case as long as the fault lasts; fails if it is wrong."""
+        with contextlib.closing(Trial(case, self)) as trial:
             with fault:
-                wrong = stage.verdict(stage.fail)
+                wrong = trial.verdict(trial.fail)
                 left = {path.name for path in self.daemon.tempdir.glob("*")}
             assert not wrong
             assert left <= {FILLING}
-            stage.recover()
+            trial.recover()
 
-    def play_starved(self, spare: int) -> None:
-        """Play a message while the daemon can have only so much more memory."""
-        cell = Cell(self.way, "limit", "", "memory", "", "", 0, message="long")
-        with contextlib.closing(Stage(cell, self)) as stage:
-            stage.set_filter("pass")
-            stage.start_server()
+    def run_starved(self, spare: int) -> None:
+        """Send a message while the daemon can have only so much more memory."""
+        case = Case(self.way, "limit", "", "memory", "", "", 0, message="long")
+        with contextlib.closing(Trial(case, self)) as trial:
+            trial.set_filter("pass")
+            trial.start_server()
             most = virtual_memory(self.pid) + spare
             with limit(self.pid, resource.RLIMIT_AS, most):
-                heard = stage.converse(stage.connect())
-            assert stage.server
-            assert fault_table.MEMORY.get(heard) == len(stage.server.messages), heard
-            delivered = len(stage.server.messages)
-            stage.cell = cell._replace(delivered=delivered, message="short")
-            stage.recover()
+                got = trial.converse(trial.connect())
+            assert trial.server
+            assert fault_table.MEMORY.get(got) == len(trial.server.messages), got
+            delivered = len(trial.server.messages)
+            trial.case = case._replace(delivered=delivered, message="short")
+            trial.recover()
 
     @contextlib.contextmanager
     def busy(self, sessions: int) -> Iterator[None]:
         """So many sessions do nothing but be there."""
         threads = Path(f"/proc/{self.pid}/task")
-        with contextlib.ExitStack() as stages:
+        with contextlib.ExitStack() as trials:
             for _ in range(sessions):
-                stage = Stage(Cell(self.way, "limit", "", "", "", "", 0), self)
-                stages.enter_context(contextlib.closing(stage))
-                stage.start_server()
-                assert hear(stage.connect())
+                trial = Trial(Case(self.way, "limit", "", "", "", "", 0), self)
+                trials.enter_context(contextlib.closing(trial))
+                trial.start_server()
+                assert next_reply(trial.connect())
             yield
         assert poll(lambda: len(list(threads.iterdir())) == 1)
 
@@ -287,16 +295,9 @@ def footprint(pid: int) -> dict[str, list[str]]:
     process = Path(f"/proc/{pid}")
     return {
         "threads": sorted(os.listdir(process / "task")),
-        "descriptors": sorted(open_files(process)),
+        "descriptors": sorted(open_files(pid).values()),
         "children": [child for child in os.listdir("/proc") if parent(child) == pid],
     }
-
-
-def open_files(process: Path) -> Iterator[str]:
-    """What a process has open, whatever the numbers."""
-    for link in (process / "fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # Closed meanwhile.
-            yield os.readlink(link)
 
 
 def parent(process: str) -> int:
@@ -308,41 +309,41 @@ def parent(process: str) -> int:
     return int(text.rpartition(")")[2].split()[1])
 
 
-class Stage:
-    """One cell's address, with its client, its server and its filter."""
+class Trial:
+    """One case's address, with its client, its server and its filter."""
 
-    def __init__(self, cell: Cell, theatre: Theatre) -> None:
-        self.cell, self.theatre = cell, theatre
-        self.host = theatre.next_host()
-        self._filter = theatre.filters / self.host
+    def __init__(self, case: Case, scenario: Scenario) -> None:
+        self.case, self.scenario = case, scenario
+        self.host = scenario.next_host()
+        self._filter = scenario.filters / self.host
         self._closing = contextlib.ExitStack()
-        self.gate = Gate(self._filter)
-        self._closing.callback(self.gate.close)
+        self.barrier = Barrier(self._filter)
+        self._closing.callback(self.barrier.close)
         self.server: Optional[ScriptedServer] = None
         self._usual: dict[str, Action] = {}
 
     def close(self) -> None:
-        """End what is left of the cell itself."""
+        """End what is left of the case itself."""
         self._closing.close()
 
-    def verdict(self, act: Callable[[], None]) -> str:
-        """Do this; what was wrong about it, or nothing."""
+    def verdict(self, part: Callable[[], None]) -> str:
+        """Do this; returns what was wrong about it, or nothing."""
         try:
-            act()
+            part()
         except (AssertionError, OSError) as error:
-            return f"{self.cell}: {act.__name__}: {error!r}"
+            return f"{self.case}: {part.__name__}: {error!r}"
         return ""
 
-    # The two acts
+    # The two parts of a case
 
     def fail(self) -> None:
-        """Play the cell."""
-        self.set_filter(self.cell.script)
+        """Run the case."""
+        self.set_filter(self.case.script)
         self.start_server()
         client = self.connect()
-        heard = self.break_off(client) if self.is_clients else self.converse(client)
+        got = self.break_off(client) if self.is_clients else self.converse(client)
         client.close()
-        assert heard in self.cell.hears.split(" or ")
+        assert got in self.case.replies.split(" or ")
         self.check_filter()
         self.check_server()
 
@@ -351,42 +352,42 @@ class Stage:
         self.set_filter("pass")
         server = self.mend_server()
         client = self.connect()
-        data = HEADER + BODIES[self.cell.message]
+        data = HEADER + BODIES[self.case.message]
         assert client.message(data) == b"250 2.0.0 Ok: queued\r\n"
         client.quit()
-        assert len(server.messages) == self.cell.delivered + 1
+        assert len(server.messages) == self.case.delivered + 1
         assert server.messages[-1].data == data
 
     @property
     def is_clients(self) -> bool:
-        return self.cell.party == "client" and self.cell.what != "pauses"
+        return self.case.party == "client" and self.case.what != "pauses"
 
     # The client
 
     def connect(self) -> RawClient:
-        """A client with the cell's address."""
-        daemon = self.theatre.daemon.address
+        """A client with the case's address."""
+        daemon = self.scenario.daemon.address
         client = RawClient(daemon, PATIENCE, (self.host, 0))
         self._closing.callback(client.close)
         return client
 
     def converse(self, client: RawClient) -> str:
-        """Play the whole dialogue; what the client has heard that is not usual."""
-        for step in OTHER_DIALOGUES.get(self.cell.when, DIALOGUE):
+        """Have the whole dialogue; returns the replies that are not the usual ones."""
+        for step in OTHER_DIALOGUES.get(self.case.when, DIALOGUE):
             self.say(client, step)
-            text = "" if step == "body" else hear(client)
+            text = "" if step == "body" else next_reply(client)
             if step != "body" and text not in USUAL:
                 return " / ".join(self.part(client, step, text))
         assert client.eof()
         return ""
 
     def part(self, client: RawClient, step: str, text: str) -> Iterator[str]:
-        """What the client hears from its first bad news on."""
+        """Return the replies from the first one on that is not usual."""
         yield f"{step} {text}" if text else "end"
         if text and step != "QUIT" and not text.startswith("421"):
             step = "QUIT"
             self.say(client, step)
-            text = hear(client)
+            text = next_reply(client)
             if text not in USUAL:
                 yield f"{step} {text}" if text else "end"
         was_refused = step == "QUIT" and text[:2] in ("45", "55")
@@ -399,52 +400,52 @@ class Stage:
         """Send what belongs to this step."""
         with contextlib.suppress(ConnectionError):  # It says so when we read.
             if step == "dot":
-                client.send(BODIES[self.cell.message])
+                client.send(BODIES[self.case.message])
                 self.check_patience(client)
             client.send(SAYS[step])
-        if step == CLIENT_STEP.get(self.cell.when):
+        if step == CLIENT_STEP.get(self.case.when):
             self.await_keep_alive()
 
     def check_patience(self, client: RawClient) -> None:
         """See that the client's data is read to its end before it is answered."""
-        if self.cell.party in ("server", "disk"):
+        if self.case.party in ("server", "disk"):
             assert not select.select([client.sock], [], [], 0)[0], "answered too early"
 
     def await_keep_alive(self) -> None:
         """Where proxsmtpd's NOOP is the moment, wait for it, and go on."""
-        if self.cell.what == "pauses":
+        if self.case.what == "pauses":
             time.sleep(1.2)  # The span in which it must not come.
-        elif self.cell.party == "server" and self.cell.when in ("NOOP", "filter-NOOP"):
+        elif self.case.party == "server" and self.case.when in ("NOOP", "filter-NOOP"):
             assert self.server
             self.server.wait_line(b"NOOP")
-            self.gate.open()
+            self.barrier.open()
 
     def break_off(self, client: RawClient) -> str:
-        """Play up to the client's fault; what it hears after that."""
-        when = self.cell.when
+        """Go on up to the client's fault; returns the replies after that."""
+        when = self.case.when
         last = CLIENT_STEP.get(when, when)
         for step in OTHER_DIALOGUES.get(when, DIALOGUE):
             self.say(client, step)
             if step == last:
                 break
-            assert step == "body" or hear(client) in USUAL
+            assert step == "body" or next_reply(client) in USUAL
         if when == "own-RSET":
-            assert hear(client) == fault_table.REPLIES["no"]
+            assert next_reply(client) == fault_table.REPLIES["no"]
         if self.is_seen:
-            self.gate.wait_reached()
+            self.barrier.wait_reached()
         return self.leave(client)
 
     @property
     def is_seen(self) -> bool:
         """Whether anybody but proxsmtpd notices that the moment has come."""
         unseen = {"line", "body", "HELP"}
-        if self.theatre.way != "stream":
+        if self.scenario.way != "stream":
             unseen.add("DATA")
-        return self.cell.when not in unseen
+        return self.case.when not in unseen
 
     def leave(self, client: RawClient) -> str:
-        """Do what is wrong; what the client hears after that."""
-        if self.cell.when == "HELP":
+        """Do what is wrong; returns the replies after that."""
+        if self.case.when == "HELP":
             server = self.server
             assert server
             server.wait_for(lambda: server.connections[0].closed)
@@ -454,20 +455,20 @@ class Stage:
             "closes": client.close,
             "half-closes": client.half_close,
         }
-        ways.get(self.cell.what, lambda: None)()
-        self.gate.open()
-        if self.cell.what in ("resets", "closes"):
+        ways.get(self.case.what, lambda: None)()
+        self.barrier.open()
+        if self.case.what in ("resets", "closes"):
             return ""
-        return " / ".join(iter(lambda: hear(client), ""))
+        return " / ".join(iter(lambda: next_reply(client), ""))
 
     # The server
 
     def start_server(self) -> None:
-        """Start the server with the cell's fault, if it can be connected to."""
-        moment = (self.cell.when, self.cell.what)
+        """Start the server with the case's fault, if it can be connected to."""
+        moment = (self.case.when, self.case.what)
         if moment == ("connect", "stalls"):
             self._blocked = self._closing.enter_context(contextlib.ExitStack())
-            for sock in blocked_port((self.host, self.theatre.port)):
+            for sock in blocked_port((self.host, self.scenario.port)):
                 self._blocked.enter_context(sock)
         elif moment != ("connect", "refuses"):
             self.server = self.good_server()
@@ -477,9 +478,9 @@ class Stage:
     def good_server(self) -> ScriptedServer:
         """A server that accepts everything."""
         xclient = (b"XCLIENT ADDR",)
-        offers = xclient if self.cell.when in ("XCLIENT", "EHLO2") else ()
+        offers = xclient if self.case.when in ("XCLIENT", "EHLO2") else ()
         server = ScriptedServer(
-            host=self.host, port=self.theatre.port, extensions=(*EXTENSIONS, *offers)
+            host=self.host, port=self.scenario.port, extensions=(*EXTENSIONS, *offers)
         )
         self._closing.callback(server.close)
         return server
@@ -487,7 +488,7 @@ class Stage:
     def mend_server(self) -> ScriptedServer:
         """The server without its fault."""
         if self.server is None:
-            if self.cell.what == "stalls":
+            if self.case.what == "stalls":
                 self._blocked.close()
             return self.good_server()
         self.server.script.update(self._usual)
@@ -495,13 +496,13 @@ class Stage:
 
     def faulty_script(self) -> Iterator[tuple[str, Reply]]:
         """What the server does otherwise than usual, and at which step."""
-        when, what = self.cell.when, self.cell.what
+        when, what = self.case.when, self.case.what
         step = SERVER_STEP.get(when, when)
         if self.is_clients and self.is_seen and step in self._usual:
             yield step, self.held(self._usual[step])
         if when == "HELP":
             yield step, multiline(b"214", [b"x" * 70] * 900)
-        if self.cell.party != "server":
+        if self.case.party != "server":
             return
         actions = {"greeting": GREETINGS, "body": LAST_WORDS}.get(when, ACTIONS)
         yield step, actions[what]
@@ -509,14 +510,14 @@ class Stage:
             yield step, [self._usual[step], actions[what]]
         if when == "body":
             yield step, self.in_the_body(actions[what])
-        if when == "own-RSET" and self.theatre.way == "stream":
+        if when == "own-RSET" and self.scenario.way == "stream":
             yield "DATA", ACTIONS["5xx"]
 
     def held(self, usual: Action) -> Reply:
         """The usual reply, but only when the client has done its worst."""
 
         def answer(_connection: Recorded, _line: bytes) -> Optional[Action]:
-            self.gate.pass_through()
+            self.barrier.pass_through()
             return usual
 
         return answer
@@ -530,14 +531,14 @@ class Stage:
             connection.send(GO)
             connection.sock.recv(1)
             if isinstance(action, Stall):
-                self.gate.wait_open()  # reading nothing, unlike other stalls
+                self.barrier.wait_open()  # reading nothing, unlike other stalls
             return action
 
         return answer
 
     def check_server(self) -> None:
         """See that it got what it should, and that its connection is closed."""
-        self.gate.open()
+        self.barrier.open()
         seen, accepted = "", 0
         if self.server:
             server = self.server
@@ -545,29 +546,29 @@ class Stage:
             lines = [line for c in server.connections for line in c.lines]
             seen = " ".join(line.split()[0].decode() for line in lines)
             accepted = len(server.messages)
-        assert re.fullmatch(self.cell.sees, seen), (self.cell.sees, seen)
-        assert accepted == self.cell.delivered
-        if accepted and self.server and "pass" in self.cell.script:
-            assert self.server.messages[0].data == HEADER + BODIES[self.cell.message]
+        assert re.fullmatch(self.case.verbs, seen), (self.case.verbs, seen)
+        assert accepted == self.case.delivered
+        if accepted and self.server and "pass" in self.case.script:
+            assert self.server.messages[0].data == HEADER + BODIES[self.case.message]
 
     # The filter
 
     def set_filter(self, script: str) -> None:
         """Have messages of this address filtered by this script."""
-        passing = ":" if self.theatre.way == "file" else "cat"
-        names = f"reached={self.gate.reached} go={self.gate.go}"
+        passing = ":" if self.scenario.way == "file" else "cat"
+        names = f"reached={self.barrier.reached} go={self.barrier.go}"
         self._filter.write_text(f"{names}\npass() {{ {passing}; }}\n{script}\n")
 
     def check_filter(self) -> None:
         """See that no process of it is left but those that may stay."""
-        if self.cell.script != "pass":
-            left = self.cell.left
-            poll(lambda: len(self.theatre.processes_of(self.host)) == left, 2)
-            found = self.theatre.processes_of(self.host)
+        if self.case.script != "pass":
+            left = self.case.left
+            poll(lambda: len(self.scenario.processes_of(self.host)) == left, 2)
+            found = self.scenario.processes_of(self.host)
             assert len(found) == left, found
 
 
-def hear(client: RawClient) -> str:
+def next_reply(client: RawClient) -> str:
     """The client's next reply as text; empty if the connection has ended."""
     if client.at_end():
         return ""
@@ -583,12 +584,12 @@ def blocked_port(where: tuple[str, int]) -> Iterator[socket.socket]:
 
 # --- Peers and filters ---
 
-CELLS = [
-    *fault_table.server_cells(),
-    *fault_table.client_cells(),
-    *fault_table.filter_cells(),
+CASES = [
+    *fault_table.server_cases(),
+    *fault_table.client_cases(),
+    *fault_table.filter_cases(),
 ]
-GROUPS = sorted({(cell.way, cell.impatient) for cell in CELLS})
+GROUPS = sorted({(case.way, case.impatient) for case in CASES})
 
 
 @pytest.mark.parametrize(("way", "impatient"), GROUPS)
@@ -596,12 +597,12 @@ def test_peers_and_filters(
     way: str, impatient: bool, proxsmtpd: StartDaemon, tmp_path: Path
 ) -> None:
     settings = IMPATIENT[way == "kept"] if impatient else PATIENT
-    with contextlib.closing(Theatre(proxsmtpd, way, tmp_path, settings)) as theatre:
-        before = theatre.daemon.peak_memory()
-        cells = (c for c in CELLS if (c.way, c.impatient) == (way, impatient))
-        theatre.play_all(cells, MANY if impatient or way == "kept" else FEW)
-        theatre.check_nothing_left()
-        assert theatre.daemon.peak_memory() - before < 32 * MEGABYTE
+    with contextlib.closing(Scenario(proxsmtpd, way, tmp_path, settings)) as scenario:
+        before = scenario.daemon.peak_memory()
+        cases = (c for c in CASES if (c.way, c.impatient) == (way, impatient))
+        scenario.run_all(cases, MANY if impatient or way == "kept" else FEW)
+        scenario.check_nothing_left()
+        assert scenario.daemon.peak_memory() - before < 32 * MEGABYTE
 
 
 # Moments that there are only where there is a filter.
@@ -620,25 +621,14 @@ def test_table_is_complete(
     party: str, steps: Sequence[str], whats: Sequence[str]
 ) -> None:
     """Every fault at every moment, both with a filter and without one."""
-    cells = [cell for cell in CELLS if cell.party == party]
-    streamed = {(cell.when, cell.what) for cell in cells if cell.way == "stream"}
-    filtered = {(cell.when, cell.what) for cell in cells if cell.way != "stream"}
+    cases = [case for case in CASES if case.party == party]
+    streamed = {(case.when, case.what) for case in cases if case.way == "stream"}
+    filtered = {(case.when, case.what) for case in cases if case.way != "stream"}
     assert set(itertools.product(steps, whats)) <= filtered
     assert set(itertools.product({*steps} - FILTERED, whats)) <= streamed
 
 
 # --- The machine ---
-
-
-@pytest.fixture
-def place() -> Iterator[Path]:
-    """A directory that every user can get at, with `temp` that all can write to."""
-    path = Path(tempfile.mkdtemp(prefix="proxsmtpd-test-"))
-    path.chmod(0o755)
-    (path / "temp").mkdir()
-    (path / "temp").chmod(0o1777)
-    yield path
-    shutil.rmtree(path)
 
 
 def idle_user() -> str:
@@ -653,7 +643,7 @@ def idle_user() -> str:
 
 
 @contextlib.contextmanager
-def mounted(where: Path, size: str) -> Iterator[None]:
+def small_file_system(where: Path, size: str) -> Iterator[None]:
     """A small file system there; when it ends, nothing of it may be in use."""
     options = f"mode=1777,size={size}"
     command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(where)]
@@ -689,7 +679,7 @@ def read_only(directory: Path, _pid: int) -> Iterator[None]:
 @contextlib.contextmanager
 def full(directory: Path, _pid: int) -> Iterator[None]:
     """Its file system has no block left."""
-    with mounted(directory, "64k"):
+    with small_file_system(directory, "64k"):
         with contextlib.suppress(OSError):
             (directory / FILLING).write_bytes(bytes(MEGABYTE))
         yield
@@ -698,7 +688,7 @@ def full(directory: Path, _pid: int) -> Iterator[None]:
 @contextlib.contextmanager
 def small(directory: Path, _pid: int) -> Iterator[None]:
     """Its file system is smaller than a long message."""
-    with mounted(directory, "2m"):
+    with small_file_system(directory, "2m"):
         yield
 
 
@@ -720,8 +710,6 @@ def limit(pid: int, kind: int, number: int) -> Iterator[None]:
 
 
 FILLING = "filling"
-IS_ROOT = os.geteuid() == 0
-as_root = pytest.mark.skipif(not IS_ROOT, reason="needs root")
 DISK_FAULTS: Mapping[str, Callable[[Path, int], Condition]] = {
     "missing": missing,
     "read-only": read_only,
@@ -741,28 +729,28 @@ DISK_FAULTS: Mapping[str, Callable[[Path, int], Condition]] = {
 )
 def test_disk(way: str, what: str, proxsmtpd: StartDaemon, place: Path) -> None:
     settings = {**PATIENT, "TempDirectory": place / "temp"}
-    if IS_ROOT and what != "limited":  # which holds for root too
+    if os.geteuid() == 0 and what != "limited":  # which holds for root too
         settings["User"] = idle_user()
-    with contextlib.closing(Theatre(proxsmtpd, way, place, settings)) as theatre:
-        for cell in fault_table.disk_cells():
-            if (cell.way, cell.what) == (way, what):
-                fault = DISK_FAULTS[what](place / "temp", theatre.pid)
-                theatre.play_while(fault, cell)
-        theatre.check_nothing_left()
+    with contextlib.closing(Scenario(proxsmtpd, way, place, settings)) as scenario:
+        for case in fault_table.disk_cases():
+            if (case.way, case.what) == (way, what):
+                fault = DISK_FAULTS[what](place / "temp", scenario.pid)
+                scenario.run_during(fault, case)
+        scenario.check_nothing_left()
 
 
-LIMIT_CELLS = list(fault_table.limit_cells())
+LIMIT_CASES = list(fault_table.limit_cases())
 
 
 @pytest.mark.parametrize("way", ["pipe", "file", "stream"])
 def test_no_descriptors(way: str, proxsmtpd: StartDaemon, place: Path) -> None:
-    with contextlib.closing(Theatre(proxsmtpd, way, place, PATIENT)) as theatre:
-        for cell in LIMIT_CELLS:
-            if (cell.way, cell.what) == (way, "descriptors"):
-                number = below_which_are(int(cell.when), theatre.pid)
-                fault = limit(theatre.pid, resource.RLIMIT_NOFILE, number)
-                theatre.play_while(fault, cell)
-        theatre.check_nothing_left()
+    with contextlib.closing(Scenario(proxsmtpd, way, place, PATIENT)) as scenario:
+        for case in LIMIT_CASES:
+            if (case.way, case.what) == (way, "descriptors"):
+                number = below_which_are(int(case.when), scenario.pid)
+                fault = limit(scenario.pid, resource.RLIMIT_NOFILE, number)
+                scenario.run_during(fault, case)
+        scenario.check_nothing_left()
 
 
 def below_which_are(free: int, pid: int) -> int:
@@ -774,16 +762,16 @@ def below_which_are(free: int, pid: int) -> int:
 
 def test_no_descriptor_even_to_refuse(proxsmtpd: StartDaemon, place: Path) -> None:
     """Then the client waits, and is served when there are some again."""
-    with contextlib.closing(Theatre(proxsmtpd, "pipe", place, PATIENT)) as theatre:
-        stage = Stage(Cell("pipe", "limit", "", "descriptors", "", "", 0), theatre)
-        with contextlib.closing(stage):
-            stage.start_server()
-            with limit(theatre.pid, resource.RLIMIT_NOFILE, 3):
-                client = stage.connect()
-                theatre.daemon.wait_log("couldn't accept a connection")
-            assert hear(client) == fault_table.REPLIES["hi"]
-            stage.recover()
-        theatre.check_nothing_left()
+    with contextlib.closing(Scenario(proxsmtpd, "pipe", place, PATIENT)) as scenario:
+        trial = Trial(Case("pipe", "limit", "", "descriptors", "", "", 0), scenario)
+        with contextlib.closing(trial):
+            trial.start_server()
+            with limit(scenario.pid, resource.RLIMIT_NOFILE, 3):
+                client = trial.connect()
+                scenario.daemon.wait_log("couldn't accept a connection")
+            assert next_reply(client) == fault_table.REPLIES["hi"]
+            trial.recover()
+        scenario.check_nothing_left()
 
 
 @as_root
@@ -792,23 +780,23 @@ def test_no_processes(way: str, proxsmtpd: StartDaemon, place: Path) -> None:
     """Sessions that do nothing take the processes that the daemon's user may have."""
     settings = {**PATIENT, "User": idle_user(), "TempDirectory": place / "temp"}
     spare = 3
-    theatre = Theatre(
+    scenario = Scenario(
         *(proxsmtpd, way, place, settings),
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NPROC, (1 + spare,) * 2),
     )
-    with contextlib.closing(theatre):
-        for cell in LIMIT_CELLS:
-            if (cell.way, cell.what) == (way, "processes"):
-                fault = theatre.busy(spare - int(cell.when))
-                theatre.play_while(fault, cell)
-        theatre.check_nothing_left()
+    with contextlib.closing(scenario):
+        for case in LIMIT_CASES:
+            if (case.way, case.what) == (way, "processes"):
+                fault = scenario.busy(spare - int(case.when))
+                scenario.run_during(fault, case)
+        scenario.check_nothing_left()
 
 
 @pytest.mark.parametrize("way", ["pipe", "file", "stream"])
 def test_no_memory(way: str, proxsmtpd: StartDaemon, place: Path) -> None:
     """Whatever cannot be had any more, only that session ends."""
     settings = {**PATIENT, "MaxConnections": 4}
-    with contextlib.closing(Theatre(proxsmtpd, way, place, settings)) as theatre:
+    with contextlib.closing(Scenario(proxsmtpd, way, place, settings)) as scenario:
         for left in fault_table.MEMORY_LEFT:
-            theatre.play_starved(left * 1024)
-        theatre.check_nothing_left()
+            scenario.run_starved(left * 1024)
+        scenario.check_nothing_left()

@@ -3,7 +3,7 @@
 Each test throws seeded nonsense from one side while the others keep the rules, and
 holds that the daemon stays what it was (alive, of the same size, silent about what
 should not be in a log), that the server gets nothing but what the filter has made, and
-that a client hears a success only for what the server or the filter has accepted.
+that a client gets a success only for what the server or the filter has accepted.
 
 Wherever the server is honest it stops reading at everything that some server takes for
 the end of the data, and wherever the filter is honest it stamps each message with a
@@ -36,6 +36,8 @@ from typing import Callable, NamedTuple
 import pytest
 
 from helpers import (
+    LOCAL_ERROR,
+    MEGABYTE,
     PATIENCE,
     PROGRAM,
     Daemon,
@@ -45,6 +47,7 @@ from helpers import (
     marked_processes,
     poll,
     program_under_test,
+    unstuffed,
 )
 from smtp import (
     END_OF_DATA,
@@ -67,7 +70,6 @@ SEED = os.environ.get("FUZZ_SEED", "1")
 ROUNDS = int(os.environ.get("FUZZ_ROUNDS", "150"))
 TOO_FEW = "too few rounds to show anything"
 WORKERS = 8
-MEGABYTE = 1 << 20
 MOST_MEMORY = 64 * MEGABYTE  # at any time, with eight sessions in full swing
 SECRET = hashlib.sha256(f"secret {SEED}".encode()).hexdigest().encode()
 
@@ -82,7 +84,6 @@ EXTENSIONS = (
     *(b"XFORWARD NAME ADDR PROTO HELO SOURCE", b"XCLIENT ADDR NAME PORT HELO PROTO"),
 )
 FILTER_AHEAD = b"354 Start mail input; end with <CRLF>.<CRLF>\r\n"
-ERROR = b"451 Local Error\r\n"
 
 # The digest is over all but line ends and blanks: proxsmtpd mends those behind the
 # filter.  What begins with 0 is dropped, with 1 rejected.
@@ -102,11 +103,6 @@ WHOLE_REPLY = re.compile(rb"(?:([2-5]\d\d)-[^\r\n]*\r\n)*([2-5]\d\d)(?: [^\r\n]*
 ANY_END = re.compile(END_OF_DATA["lenient"])
 QUEUED = re.compile(rb"250 2\.0\.0 (T\d+) queued\r\n")
 DROPPED = re.compile(rb"250 2\.0\.0 ([0-9a-f]{64}) dropped\r\n")
-
-
-def unstuffed(data: bytes) -> bytes:
-    """The message in mail data as on the wire, with its author's own dots."""
-    return re.sub(rb"^\.", b"", data, flags=re.M)
 
 
 def is_stamped(data: bytes) -> bool:
@@ -177,19 +173,19 @@ def target(proxsmtpd: StartDaemon, tmp_path: Path) -> MakeTarget:
     return make
 
 
-def in_rounds(play: Callable[[int, random.Random], None], times: int = 1) -> None:
-    """Play ROUNDS, or `times` as many, some at a time, each with dice of its own."""
+def in_rounds(one_round: Callable[[int, random.Random], None], times: int = 1) -> None:
+    """Run ROUNDS times `times` rounds, each with random numbers of its own."""
     print(f"FUZZ_SEED={SEED} FUZZ_ROUNDS={ROUNDS}")
     with ThreadPoolExecutor(WORKERS) as pool:
-        games = [
-            pool.submit(play, number, random.Random(f"{SEED} {number}"))
+        rounds = [
+            pool.submit(one_round, number, random.Random(f"{SEED} {number}"))
             for number in range(ROUNDS * times)
         ]
-        for game in games:
-            game.result()
+        for each in rounds:
+            each.result()
 
 
-class Desk:
+class Inbox:
     """Where an honest server accepts messages, each under a token of its own."""
 
     def __init__(self) -> None:
@@ -237,63 +233,63 @@ COMMANDS = (
 FORBIDDEN_VERBS = ("BDAT", "BURL", "STARTTLS", "XEXCH50", "TURN", "ATRN", "LHLO")
 
 
-def mixture(dice: random.Random, most: int = 60) -> bytes:
+def mixture(rng: random.Random, most: int = 60) -> bytes:
     """Some words in any order, with octets of any value among them."""
     picked = (
-        dice.randbytes(dice.randrange(8)) if dice.random() < 0.1 else dice.choice(WORDS)
-        for _ in range(dice.randrange(most))
+        rng.randbytes(rng.randrange(8)) if rng.random() < 0.1 else rng.choice(WORDS)
+        for _ in range(rng.randrange(most))
     )
     return b"".join(picked)
 
 
-def dialogue(dice: random.Random) -> list[bytes]:
+def dialogue(rng: random.Random) -> list[bytes]:
     """What a client says, in order, of which a lot may be right."""
-    said = [b"EHLO c.example\r\n"]
-    for _ in range(dice.randrange(1, 4)):
-        if dice.random() < 0.5:
-            said.append(dice.choice(COMMANDS))
-        body = re.sub(rb"\r\n\.", b"\r\n..", b"\r\n" + mixture(dice))[2:]
-        said += [*COMMANDS[4:7], b"Subject: x\r\n\r\n", body, b"\r\n.\r\n"]
-    return mutated(dice, said)
+    lines = [b"EHLO c.example\r\n"]
+    for _ in range(rng.randrange(1, 4)):
+        if rng.random() < 0.5:
+            lines.append(rng.choice(COMMANDS))
+        body = re.sub(rb"\r\n\.", b"\r\n..", b"\r\n" + mixture(rng))[2:]
+        lines += [*COMMANDS[4:7], b"Subject: x\r\n\r\n", body, b"\r\n.\r\n"]
+    return mutated(rng, lines)
 
 
-def mutated(dice: random.Random, said: Sequence[bytes]) -> list[bytes]:
+def mutated(rng: random.Random, lines: Sequence[bytes]) -> list[bytes]:
     """A few things of it taken away, put in, changed or cut."""
-    result = list(said)
-    for _ in range(dice.choice((0, 0, 1, 1, 2, 3, 8))):
-        place = dice.randrange(len(result))
-        result[place : place + 1] = dice.choice(MUTATIONS)(dice, result[place])
+    result = list(lines)
+    for _ in range(rng.choice((0, 0, 1, 1, 2, 3, 8))):
+        place = rng.randrange(len(result))
+        result[place : place + 1] = rng.choice(MUTATIONS)(rng, result[place])
     return result or [b""]
 
 
-def changed_octet(dice: random.Random, octets: bytes) -> bytes:
-    place = dice.randrange(len(octets) + 1)
-    return octets[:place] + dice.randbytes(1) + octets[place + 1 :]
+def changed_octet(rng: random.Random, octets: bytes) -> bytes:
+    place = rng.randrange(len(octets) + 1)
+    return octets[:place] + rng.randbytes(1) + octets[place + 1 :]
 
 
-def other_line_end(dice: random.Random, octets: bytes) -> bytes:
-    return octets.replace(b"\r\n", dice.choice((b"\n", b"\r", b"\r\r\n", b"\0\r\n")))
+def other_line_end(rng: random.Random, octets: bytes) -> bytes:
+    return octets.replace(b"\r\n", rng.choice((b"\n", b"\r", b"\r\r\n", b"\0\r\n")))
 
 
 # Each makes any number of pieces of one.
 MUTATIONS: Sequence[Callable[[random.Random, bytes], list[bytes]]] = (
-    lambda _dice, _piece: [],
+    lambda _rng, _piece: [],
     lambda _, piece: [piece, piece],
-    lambda dice, piece: [piece, dice.choice(COMMANDS)],
-    lambda dice, piece: [dice.choice(COMMANDS), piece],
-    lambda dice, piece: [mixture(dice), piece],
-    lambda dice, piece: [changed_octet(dice, piece)],
-    lambda dice, piece: [other_line_end(dice, piece)],
-    lambda dice, piece: [piece[: dice.randrange(len(piece) + 1)]],
+    lambda rng, piece: [piece, rng.choice(COMMANDS)],
+    lambda rng, piece: [rng.choice(COMMANDS), piece],
+    lambda rng, piece: [mixture(rng), piece],
+    lambda rng, piece: [changed_octet(rng, piece)],
+    lambda rng, piece: [other_line_end(rng, piece)],
+    lambda rng, piece: [piece[: rng.randrange(len(piece) + 1)]],
     lambda _, piece: [piece.swapcase()],
     lambda _, piece: [b" " + piece],
-    lambda dice, _piece: [dice.randbytes(dice.randrange(20_000)), b"\r\n"],
+    lambda rng, _piece: [rng.randbytes(rng.randrange(20_000)), b"\r\n"],
 )
 
 
-def pieces_of(dice: random.Random, octets: bytes) -> list[bytes]:
+def pieces_of(rng: random.Random, octets: bytes) -> list[bytes]:
     """The octets, cut at some places."""
-    places = sorted(dice.randrange(len(octets) + 1) for _ in range(dice.randrange(9)))
+    places = sorted(rng.randrange(len(octets) + 1) for _ in range(rng.randrange(9)))
     return [octets[i:j] for i, j in zip([0, *places], [*places, len(octets)])]
 
 
@@ -310,63 +306,63 @@ def listen(sock: socket.socket, seconds: float) -> bytes | None:
         return b""
 
 
-def bombard(address: str, dice: random.Random) -> tuple[bytes, bool]:
-    """Be a hostile client; returns what it has heard, and whether that is all."""
-    said = dialogue(dice) if dice.random() < 0.8 else [mixture(dice, 400)]
-    heard = bytearray()
+def bombard(address: str, rng: random.Random) -> tuple[bytes, bool]:
+    """Be a hostile client; returns all replies, and whether there are no more."""
+    lines = dialogue(rng) if rng.random() < 0.8 else [mixture(rng, 400)]
+    received = bytearray()
     with RawClient(address) as client:
         sock = client.sock
         with contextlib.suppress(ConnectionError):
-            for piece in pieces_of(dice, b"".join(said)):
+            for piece in pieces_of(rng, b"".join(lines)):
                 sock.sendall(piece)
-                heard += listen(sock, dice.choice((0, 0, 0.005))) or b""
-            if dice.random() < 0.1:
-                leave(client, dice)
-                return bytes(heard), False
+                received += listen(sock, rng.choice((0, 0, 0.005))) or b""
+            if rng.random() < 0.1:
+                leave(client, rng)
+                return bytes(received), False
             sock.sendall(b"\r\n.\r\nQUIT\r\n")
         while more := listen(sock, PATIENCE):
-            heard += more
-    assert more is not None, f"no end behind {bytes(heard)!r}"
-    return bytes(heard), True
+            received += more
+    assert more is not None, f"no end behind {bytes(received)!r}"
+    return bytes(received), True
 
 
-def leave(client: RawClient, dice: random.Random) -> None:
+def leave(client: RawClient, rng: random.Random) -> None:
     """Go, softly or not."""
-    if dice.random() < 0.5:
+    if rng.random() < 0.5:
         client.reset()
     client.close()
 
 
-def successes(heard: bytes, *, is_all: bool) -> Iterator[bytes]:
+def successes(received: bytes, *, is_all: bool) -> Iterator[bytes]:
     """The successes among the replies to mail data; all must be whole replies.
 
     Mail data follows a 354 only, and its reply is the next one.
     """
     before, place = b"", 0
-    while found := WHOLE_REPLY.match(heard, place):
+    while found := WHOLE_REPLY.match(received, place):
         reply, place = found[0], found.end()
         if before.startswith(b"354") and reply.startswith(b"2"):
             yield reply
         elif not before.startswith(b"354"):
             assert not QUEUED.fullmatch(reply), f"{reply!r} behind {before!r}"
         before = reply
-    assert place == len(heard) or not is_all, f"no reply: {heard[place:]!r}"
+    assert place == len(received) or not is_all, f"no reply: {received[place:]!r}"
 
 
-def strict_server(desk: Desk, make_server: MakeServer) -> ScriptedServer:
+def strict_server(inbox: Inbox, make_server: MakeServer) -> ScriptedServer:
     """An honest server that would take every false end, and wants a stamp."""
 
     def xclient(connection: Recorded, line: bytes) -> bytes:
         if re.search(rb" ADDR=9\.9", line, re.I):
-            return desk.refuse(connection, line)
+            return inbox.refuse(connection, line)
         return b"220 again\r\n"
 
     script: dict[str, Reply] = {
-        "DOT": desk.accept_stamped,
+        "DOT": inbox.accept_stamped,
         "XCLIENT": xclient,
         "AUTH": [b"334 VXNlcm5hbWU6\r\n", b"235 2.7.0 Ok\r\n", b"535 5.7.8 No\r\n"],
         "334": [b"334 UGFzc3dvcmQ6\r\n", b"235 2.7.0 Ok\r\n"],
-        **dict.fromkeys(FORBIDDEN_VERBS, desk.refuse),
+        **dict.fromkeys(FORBIDDEN_VERBS, inbox.refuse),
     }
     return make_server(script, extensions=EXTENSIONS, end_of_data="lenient")
 
@@ -378,31 +374,31 @@ def test_hostile_clients(
     target: MakeTarget,
     filter_script: MakeFilter,
 ) -> None:
-    desk = Desk()
-    server = strict_server(desk, make_server)
+    inbox = Inbox()
+    server = strict_server(inbox, make_server)
     settings = {"FilterType": filter_type, "FilterCommand": filter_script(STAMP)}
     fired_at = target(server, settings)
-    heard: list[bytes] = []
+    received: list[bytes] = []
 
-    def play(_number: int, dice: random.Random) -> None:
-        replies, is_all = bombard(fired_at.address, dice)
-        heard.extend(successes(replies, is_all=is_all))
+    def one_round(_number: int, rng: random.Random) -> None:
+        replies, is_all = bombard(fired_at.address, rng)
+        received.extend(successes(replies, is_all=is_all))
 
-    in_rounds(play, 3)  # they take the least time
+    in_rounds(one_round, 3)  # they take the least time
     fired_at.check_unharmed()
-    assert not desk.strangers
+    assert not inbox.strangers
     lines = [line for connection in server.connections for line in connection.lines]
     assert not [line for line in lines if re.search(rb"[\0\r\n]", line)]
-    check_promises(heard, desk, fired_at)
+    check_promises(received, inbox, fired_at)
 
 
-def check_promises(heard: Sequence[bytes], desk: Desk, target: Target) -> None:
+def check_promises(received: Sequence[bytes], inbox: Inbox, target: Target) -> None:
     """Each success stands for a message of its own, accepted or dropped."""
-    tokens = [found[1] for found in map(QUEUED.fullmatch, heard) if found]
-    digests = [found[1] for found in map(DROPPED.fullmatch, heard) if found]
-    assert len(tokens) + len(digests) == len(heard), heard
+    tokens = [found[1] for found in map(QUEUED.fullmatch, received) if found]
+    digests = [found[1] for found in map(DROPPED.fullmatch, received) if found]
+    assert len(tokens) + len(digests) == len(received), received
     assert len(set(tokens)) == len(tokens)
-    assert set(tokens) <= desk.accepted.keys()
+    assert set(tokens) <= inbox.accepted.keys()
     assert set(digests) <= target.dropped()
     assert tokens, TOO_FEW
     assert digests, TOO_FEW
@@ -417,8 +413,8 @@ class HostileServer:
     `odds` are those of breaking one at a step.
     """
 
-    def __init__(self, make_server: MakeServer, dice: random.Random) -> None:
-        self._dice = dice
+    def __init__(self, make_server: MakeServer, rng: random.Random) -> None:
+        self._rng = rng
         self.odds = 0.0
         usual = {
             **REPLIES,
@@ -433,9 +429,9 @@ class HostileServer:
         assert isinstance(usual, bytes)
 
         def handler(_connection: Recorded, _line: bytes) -> Action:
-            if self._dice.random() >= self.odds:
+            if self._rng.random() >= self.odds:
                 return usual
-            return self._dice.choice(HOSTILITIES)(self._dice, usual)
+            return self._rng.choice(HOSTILITIES)(self._rng, usual)
 
         return handler
 
@@ -448,38 +444,38 @@ class HostileServer:
                     yield data[: end.end(1)]
 
 
-def other_code(dice: random.Random, usual: bytes) -> bytes:
+def other_code(rng: random.Random, usual: bytes) -> bytes:
     codes = (b"000", b"999", b"2x0", b"25", b"", b"354", b"250", b"334", b"421", b"550")
-    return dice.choice(codes) + usual[3:]
+    return rng.choice(codes) + usual[3:]
 
 
-def many_lines(dice: random.Random, usual: bytes) -> bytes:
-    return (usual[:3] + b"-" + mixture(dice, 5) + b"\r\n") * 300 + usual
+def many_lines(rng: random.Random, usual: bytes) -> bytes:
+    return (usual[:3] + b"-" + mixture(rng, 5) + b"\r\n") * 300 + usual
 
 
 # Each makes an action of the usual reply.
 HOSTILITIES: Sequence[Callable[[random.Random, bytes], Action]] = (
-    lambda dice, _: mixture(dice) + b"\r\n",
-    lambda dice, usual: usual[:4] + mixture(dice, 10) + b"\r\n",
+    lambda rng, _: mixture(rng) + b"\r\n",
+    lambda rng, usual: usual[:4] + mixture(rng, 10) + b"\r\n",
     changed_octet,
     other_line_end,
     lambda _, usual: usual + usual,
-    lambda dice, usual: usual + other_code(dice, usual),
+    lambda rng, usual: usual + other_code(rng, usual),
     other_code,
     other_code,
     many_lines,
     lambda _, usual: usual[:3] + b"-" + b"x" * 2 * MEGABYTE,
     lambda _, usual: (usual[:3] + b"-more\r\n") * 50_000,
-    lambda dice, usual: Chunks(pieces_of(dice, usual + usual), 0.001),
-    lambda dice, usual: Chunks(pieces_of(dice, usual), 0.001),
-    lambda dice, usual: Close(usual[: dice.randrange(len(usual) + 1)]),
-    lambda dice, usual: Reset(usual[: dice.randrange(len(usual) + 1)]),
-    lambda _dice, _usual: Close(b"421 4.3.2 closing\r\n"),
-    lambda _dice, _usual: Stall(),
+    lambda rng, usual: Chunks(pieces_of(rng, usual + usual), 0.001),
+    lambda rng, usual: Chunks(pieces_of(rng, usual), 0.001),
+    lambda rng, usual: Close(usual[: rng.randrange(len(usual) + 1)]),
+    lambda rng, usual: Reset(usual[: rng.randrange(len(usual) + 1)]),
+    lambda _rng, _usual: Close(b"421 4.3.2 closing\r\n"),
+    lambda _rng, _usual: Stall(),
 )
 
 
-def endure(address: str, key: bytes, dice: random.Random) -> bytes:
+def endure(address: str, key: bytes, rng: random.Random) -> bytes:
     """Be an honest client; returns the reply to its message, or nothing.
 
     Silence is an AssertionError at the greeting, and at the end of the data.
@@ -497,7 +493,7 @@ def endure(address: str, key: bytes, dice: random.Random) -> bytes:
             reply = client.reply()
         if reply != FILTER_AHEAD:
             return b""
-        lines = 300_000 if dice.random() < 0.1 else 9
+        lines = 300_000 if rng.random() < 0.1 else 9
         client.send(key + b"\r\n\r\n" + b"..line\r\n" * lines)
         return client.command(b".")
 
@@ -508,24 +504,24 @@ def test_hostile_servers(
     hostile = HostileServer(make_server, random.Random(SEED))
     fired_at = target(hostile.server, {"FilterCommand": filter_script(STAMP)})
     hostile.odds = 0.12
-    heard: list[tuple[bytes, bytes]] = []
+    received: list[tuple[bytes, bytes]] = []
 
-    def play(number: int, dice: random.Random) -> None:
+    def one_round(number: int, rng: random.Random) -> None:
         key = b"X-Key: k%d" % number
-        heard.append((key, endure(fired_at.address, key, dice)))
+        received.append((key, endure(fired_at.address, key, rng)))
 
-    in_rounds(play)
+    in_rounds(one_round)
     hostile.odds = 0
     fired_at.check_unharmed()
     messages = list(hostile.messages())
     assert not [message for message in messages if not is_stamped(message)]
     taken = {message.partition(b"\r\n")[0] for message in messages}
     dropped = fired_at.dropped()
-    for key, reply in heard:
+    for key, reply in received:
         by_filter = DROPPED.fullmatch(reply)
         if reply.startswith(b"2"):
             assert by_filter[1] in dropped if by_filter else key in taken, reply
-    assert {reply[:1] for _, reply in heard} == {b"", b"2", b"4", b"5"}, TOO_FEW
+    assert {reply[:1] for _, reply in received} == {b"", b"2", b"4", b"5"}, TOO_FEW
 
 
 # --- Hostile filters ---
@@ -544,30 +540,30 @@ ENDLESS = ("exec sleep 60", "trap '' TERM; exec sleep 60", "kill -STOP $$; exit 
 
 
 class Author:
-    """Writes a script for one message, and keeps the books on what it does."""
+    """Writes a script for one message, and keeps a record of what it writes."""
 
-    def __init__(self, dice: random.Random, stem: Path, message: bytes) -> None:
-        self._dice = dice
+    def __init__(self, rng: random.Random, stem: Path, message: bytes) -> None:
+        self._rng = rng
         self._stem = stem  # of the files' names
         self._lines: list[str] = []
         self._input: bytes | None = message  # what is to be read yet; None: closed
-        self._books = {"output": [b""], "errors": [b""]}
+        self._written = {"output": [b""], "errors": [b""]}
         self._open = {"output", "errors"}
 
     def script(self) -> Script:
         """Write it."""
         acts = [self._say, self._complain, self._copy, self._read, self._swallow]
         acts += [self._say, self._complain, self._close, self._leave_behind]
-        for _ in range(self._dice.randrange(7)):
-            self._dice.choice(acts)()
+        for _ in range(self._rng.randrange(7)):
+            self._rng.choice(acts)()
         status, last_line = self._end()
         text = "\n".join([*self._lines, last_line, ""])
-        output, errors = (b"".join(self._books[x]) for x in ("output", "errors"))
+        output, errors = (b"".join(self._written[x]) for x in ("output", "errors"))
         return Script(text, output, errors, status)
 
     def _write(self, where: str, octets: bytes, command: str) -> None:
         if where in self._open:
-            self._books[where].append(octets)
+            self._written[where].append(octets)
             self._lines.append(command)
 
     def _file(self, octets: bytes) -> str:
@@ -576,13 +572,13 @@ class Author:
         return shlex.quote(str(path))
 
     def _say(self) -> None:
-        octets = mixture(self._dice) * self._dice.choice((1, 1, 1, 1, 500))
+        octets = mixture(self._rng) * self._rng.choice((1, 1, 1, 1, 500))
         self._write("output", octets, f"cat {self._file(octets)}")
 
     def _complain(self) -> None:
-        code = self._dice.choice((b"", b"", b"250 ", b"450-", b"550", b"\n354 x"))
-        octets = code + mixture(self._dice, self._dice.choice((4, 40, 4000)))
-        octets += self._dice.choice((b"", b"\n", b"\n \n\n"))
+        code = self._rng.choice((b"", b"", b"250 ", b"450-", b"550", b"\n354 x"))
+        octets = code + mixture(self._rng, self._rng.choice((4, 40, 4000)))
+        octets += self._rng.choice((b"", b"\n", b"\n \n\n"))
         self._write("errors", octets, f"cat {self._file(octets)} >&2")
 
     def _copy(self) -> None:
@@ -601,7 +597,7 @@ class Author:
             self._input = b""
 
     def _close(self) -> None:
-        which = self._dice.randrange(3)
+        which = self._rng.randrange(3)
         if which == 0:
             self._input = None
         else:
@@ -613,30 +609,30 @@ class Author:
 
     def _end(self) -> tuple[int | None, str]:
         """How it ends: its exit status, and its last line."""
-        odds = self._dice.random()
+        odds = self._rng.random()
         if odds < 0.5:
             return 0, "exit 0"
         if odds < 0.85:
-            status = self._dice.choice((1, 2, 75, 125, 126, 127, 128, 200, 255))
+            status = self._rng.choice((1, 2, 75, 125, 126, 127, 128, 200, 255))
             return status, f"exit {status}"
         if odds < 0.97:
-            number = self._dice.choice((1, 2, 6, 9, 13, 15))
+            number = self._rng.choice((1, 2, 6, 9, 13, 15))
             return -number, f"kill -{number} $$"
-        return None, self._dice.choice(ENDLESS)
+        return None, self._rng.choice(ENDLESS)
 
 
 def verdict(script: Script) -> bytes | None:
-    """What the client hears of a filter that did this; None: what the server says."""
+    """Return the reply after a filter that did this; None: the server's."""
     if script.status is None or script.status < 0:
-        return ERROR
+        return LOCAL_ERROR
     if script.status == 0:
-        return None if script.output else ERROR
+        return None if script.output else LOCAL_ERROR
     lines = [line.strip() for line in script.errors.split(b"\n") if line.strip()]
     last = lines[-1] if lines else b""
     coded = re.fullmatch(rb"([245]\d\d)(?:([ -])(.*))?", last, re.S)
     # Of sysexits(3), those that speak of the filter, and the shell's own two.
     if not coded and script.status in (*range(69, 76), 78, 126, 127):
-        return ERROR
+        return LOCAL_ERROR
     reply = b"550 Content Rejected" + (b"; " + last if last else b"")
     if coded:
         reply = coded[1] + (b" " + coded[3] if coded[2] else b"")
@@ -661,35 +657,35 @@ def submit(address: str, name: str, message: bytes) -> bytes:
 def test_hostile_filters(
     make_server: MakeServer, target: MakeTarget, tmp_path: Path
 ) -> None:
-    desk = Desk()
-    server = make_server({"DOT": desk.accept}, end_of_data="lenient")
+    inbox = Inbox()
+    server = make_server({"DOT": inbox.accept}, end_of_data="lenient")
     command = f'exec sh {shlex.quote(str(tmp_path))}/"${{SENDER%@*}}"'
     fired_at = target(server, {"FilterCommand": command})
     fates = Counter[bytes]()
 
-    def play(number: int, dice: random.Random) -> None:
+    def one_round(number: int, rng: random.Random) -> None:
         path = tmp_path / f"s{number}"
-        message = mixture(dice) * dice.choice((1, 1, 1, 1, 1, 500)) + b"\r\n"
-        script = Author(dice, path, message).script()
+        message = mixture(rng) * rng.choice((1, 1, 1, 1, 1, 500)) + b"\r\n"
+        script = Author(rng, path, message).script()
         path.write_text(script.text)
         reply = submit(fired_at.address, path.name, message)
         expected = verdict(script)
         if expected is None:
             queued = QUEUED.fullmatch(reply)
             assert queued, (path, reply)
-            delivered = unstuffed(desk.accepted.pop(queued[1]))
+            delivered = unstuffed(inbox.accepted.pop(queued[1]))
             assert delivered == mended(script.output), path
         else:
             assert reply == expected, (path, reply)
         fates[reply[:3]] += 1
 
-    in_rounds(play)
+    in_rounds(one_round)
     fired_at.check_unharmed()
-    assert not desk.accepted, "more was delivered than the clients have heard of"
+    assert not inbox.accepted, "more was delivered than was acknowledged"
     assert fates.keys() >= {b"250", b"451", b"550"}, TOO_FEW
 
 
-# --- What all this has found, where it can be told to come ---
+# --- Faults that this has found, made to happen ---
 
 
 # The program, with a connect that returns only when the connection is broken.
@@ -716,6 +712,7 @@ def test_server_gone_as_soon_as_connected(
     with daemon.connect() as client:
         assert client.reply() == b"421 Connection to server lost\r\n"
         assert client.eof()
+    assert daemon.stop() == 0  # that line would come after the reply
     assert "session failed" not in daemon.log()
 
 

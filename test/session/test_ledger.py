@@ -1,16 +1,16 @@
 """The ledger: whatever dies, nothing acknowledged is lost, and nothing is doubled.
 
 Many clients send messages, each under a key of its own, and try each again under a
-new key until they hear that it was accepted or rejected.  Meanwhile the daemon is
+new key until the reply says that it was accepted or rejected.  Meanwhile the daemon is
 killed with -9 and started again with another kind of filter, the server goes and
 comes back, and by a seeded plan for each attempt the filter drops, rejects, defers
 or crashes, the server refuses or dies, or the client leaves.  Three ledgers are then
-compared: what the clients heard, what the server stored, what the filter dropped.
+compared: the replies to the clients, what the server stored, what the filter dropped.
 
 An attempt can be stored without its client knowing it in two ways only, and no relay
 can help it (RFC 1047): the server stored it and died before it said so, or the
-daemon was killed before the client heard.  The client sends it again, and there are
-two; these are counted, and every other one is an error.
+daemon was killed before the client had its reply.  The client sends it again, and
+there are two; these are counted, and every other one is an error.
 
 LEDGER_SEED and LEDGER_MESSAGES, environment variables, say which load and how much.
 """
@@ -21,7 +21,6 @@ import contextlib
 import functools
 import os
 import random
-import re
 import signal
 import threading
 from collections import Counter, deque
@@ -44,6 +43,7 @@ from helpers import (
     port_of,
     reserve_port,
 )
+from ledger import ACCEPTED, Lost, key_and_plan, message_data, say
 from smtp import Action, RawClient, Recorded, Reset, ScriptedServer
 
 SEED = os.environ.get("LEDGER_SEED", "1")
@@ -53,7 +53,6 @@ ALL_DONE = 60.0  # seconds in which a disturbance must come to its end
 SESSION = 4  # messages that a client sends at most before it connects anew
 SIZES = (*(80, 3_000, 60_000) * 6, 1_500_000)
 
-QUEUED = b"250 2.0.0 K queued"
 ERROR = b"451 Local Error"
 SERVER_LOST = b"421 Connection to server lost"
 NO_SERVER = b"421 Server not available"
@@ -61,7 +60,7 @@ FILTER_AHEAD = b"354 Start mail input; end with <CRLF>.<CRLF>"
 
 
 class Plan(NamedTuple):
-    """How often something is to happen to an attempt, and what its client hears.
+    """How often something is to happen to an attempt, and its client's reply.
 
     K stands for the attempt's key.  Without a filter, what the filter should have
     done does not happen.
@@ -73,7 +72,7 @@ class Plan(NamedTuple):
 
 
 PLANS = {
-    "pass": Plan(20, QUEUED),
+    "pass": Plan(20, ACCEPTED),
     "drop": Plan(4, b"250 2.0.0 K dropped", by_filter=True),
     "reject": Plan(3, b"550 Content Rejected; K is no good", by_filter=True),
     "defer": Plan(2, b"450 4.7.1 K later", by_filter=True),
@@ -108,7 +107,7 @@ crash)  printf 'half of it'; kill -KILL $$ ;;
 crash-late) pass; kill -TERM $$ ;;
 empty)  test -z "$EMAIL" || : >"$EMAIL" ;;
 absent) exec /nonexistent/filter ;;
-leave-filter) read -r _ <"$GATES/$key"; pass ;;
+leave-filter) read -r _ <"$FIFOS/$key"; pass ;;
 *)      pass ;;
 esac
 """
@@ -119,10 +118,6 @@ KINDS: Sequence[dict[str, object]] = (
     {"FilterType": "file"},
     {"FilterCommand": ""},
 )
-
-
-class Lost(Exception):
-    """The connection has ended without a word."""
 
 
 @dataclass
@@ -148,24 +143,10 @@ class Attempt:
 
     @property
     def expected(self) -> bytes:
-        """What the client hears to its data when nothing but the plan comes."""
+        """Return the reply to the data where only the plan matters."""
         plan = PLANS[self.plan]
-        reply = QUEUED if plan.by_filter and not self.is_filtered else plan.reply
+        reply = ACCEPTED if plan.by_filter and not self.is_filtered else plan.reply
         return reply.replace(b"K", self.key)
-
-
-def message_data(key: bytes, plan: str, size: int) -> bytes:
-    """A message as on the wire, with what the filter and the server go by."""
-    head = b"X-Key: %s\r\nX-Plan: %s\r\n\r\n" % (key, plan.encode())
-    line = b".." + key + b" was here\r\n"
-    return head + line * (size // len(line) + 1)
-
-
-def key_and_plan(data: bytes) -> tuple[bytes, str]:
-    """What `message_data` was made with."""
-    found = re.match(rb"X-Key: (\S+)\r\nX-Plan: (\S+)\r\n", data)
-    assert found, data[:200]
-    return found[1], found[2].decode()
 
 
 # --- The server ---
@@ -183,8 +164,8 @@ class Sink:
         self.stored: list[tuple[bytes, bytes]] = []
         self.said: set[bytes] = set()
         self.kills = 0
-        self._trap = threading.Event()
-        self._trapped = threading.Event()
+        self._hold_next = threading.Event()
+        self._is_held = threading.Event()
         self._go_on = threading.Event()
         self._start()
 
@@ -200,15 +181,15 @@ class Sink:
         if plan in ("server-defers", "server-refuses"):
             return PLANS[plan].reply.replace(b"K", key) + b"\r\n"
         self.stored.append((key, data))
-        if self._trap.is_set():
+        if self._hold_next.is_set():
             self._hold()
         if plan == "server-stores-and-dies":
             return Reset()
-        return QUEUED.replace(b"K", key) + b"\r\n"
+        return ACCEPTED.replace(b"K", key) + b"\r\n"
 
     def _hold(self) -> None:
-        self._trap.clear()
-        self._trapped.set()
+        self._hold_next.clear()
+        self._is_held.set()
         assert self._go_on.wait(PATIENCE)
 
     def restart(self) -> None:
@@ -225,8 +206,8 @@ class Sink:
     @contextlib.contextmanager
     def holding_an_answer(self) -> Iterator[None]:
         """Do something while a message is stored, but the answer not yet given."""
-        self._trap.set()
-        assert self._trapped.wait(PATIENCE)
+        self._hold_next.set()
+        assert self._is_held.wait(PATIENCE)
         yield
         self._go_on.set()
 
@@ -285,11 +266,11 @@ def no_process_has(mark: str) -> bool:
 class Load:
     """All the messages, the attempts at them, and the clients that make them."""
 
-    def __init__(self, daemons: Daemons, sink: Sink, gates: Path) -> None:
-        self._daemons, self._sink, self._gates = daemons, sink, gates
+    def __init__(self, daemons: Daemons, sink: Sink, fifos: Path) -> None:
+        self._daemons, self._sink, self._fifos = daemons, sink, fifos
         self._waiting = deque(range(MESSAGES))
         self._tries = Counter[int]()
-        self._open_gates: list[int] = []
+        self._open_fifos: list[int] = []
         self._progress = threading.Condition()
         self._done = 0
         self._has_ended = False  # one of the clients: nothing is left, or it failed
@@ -360,9 +341,9 @@ class Load:
     def _new_attempt(self, number: int, server_kills: int) -> Attempt:
         self._tries[number] += 1
         key = f"m{number}-{self._tries[number]}"
-        dice = random.Random(f"{SEED} {key}")
-        [plan] = dice.choices(list(PLANS), [plan.weight for plan in PLANS.values()])
-        data = message_data(key.encode(), plan, dice.choice(SIZES))
+        rng = random.Random(f"{SEED} {key}")
+        [plan] = rng.choices(list(PLANS), [plan.weight for plan in PLANS.values()])
+        data = message_data(key.encode(), plan, rng.choice(SIZES))
         return Attempt(number, key.encode(), plan, data, server_kills)
 
     def _note(self, attempt: Attempt) -> None:
@@ -400,35 +381,25 @@ class Load:
 
     def _leave_filter(self, client: RawClient, attempt: Attempt) -> None:
         """Go while the filter runs: it ends only when we have gone."""
-        gate = self._gates / attempt.key.decode()
-        os.mkfifo(gate)
-        self._open_gates.append(os.open(gate, os.O_RDWR))
+        fifo = self._fifos / attempt.key.decode()
+        os.mkfifo(fifo)
+        self._open_fifos.append(os.open(fifo, os.O_RDWR))
         try:
             client.send(attempt.data + b".\r\n")
         finally:
             client.close()
-            os.write(self._open_gates[-1], b"\n")
+            os.write(self._open_fifos[-1], b"\n")
 
     def close(self) -> None:
-        for gate in self._open_gates:
-            os.close(gate)
+        for fifo in self._open_fifos:
+            os.close(fifo)
 
 
-def say(client: RawClient, octets: bytes) -> bytes:
-    """Send something and hear the reply, without its last CRLF."""
-    # What was said before the connection broke is there to be read still.
-    with contextlib.suppress(ConnectionError):
-        client.send(octets)
-    if client.at_end():
-        raise Lost
-    return client.reply()[:-2]
+# --- The ledger ---
 
 
-# --- The books ---
-
-
-class Books:
-    """The three ledgers, and what they say of each attempt."""
+class Ledger:
+    """Compares the three ledgers, attempt by attempt."""
 
     def __init__(self, load: Load, sink: Sink, dropped: set[bytes]) -> None:
         self.attempts = load.attempts
@@ -449,7 +420,7 @@ class Books:
         self._check_sums()
 
     def _check_attempt(self, attempt: Attempt) -> str:
-        """What an attempt is in the books as."""
+        """Name the kind of entry that an attempt is in the ledger."""
         stored = self._stored.get(attempt.key, [])
         assert len(stored) <= 1, f"the daemon itself has doubled {attempt}"
         assert stored in ([], [attempt.data]), f"stored otherwise: {attempt.key!r}"
@@ -468,7 +439,7 @@ class Books:
         return "rejected" if reply[:1] == b"5" else "refused"
 
     def _check_reply(self, attempt: Attempt, reply: bytes) -> None:
-        """The client hears what the plan says, or that the server has gone."""
+        """Check that the reply is the plan's, or that the server has gone."""
         if attempt.is_sent and reply == attempt.expected:
             return
         assert reply in (SERVER_LOST, NO_SERVER), (attempt.key, attempt.plan, reply)
@@ -489,17 +460,17 @@ class Books:
 
     def check_all_happened(self) -> None:
         """That the load was one that could have shown something."""
-        played = {a.plan for a in self.attempts if a.is_sent}
-        assert played == set(PLANS)
+        happened = {a.plan for a in self.attempts if a.is_sent}
+        assert happened == set(PLANS)
         assert self.count["killed, but stored"]  # the staged one at least
         assert self.count["refused, but stored"]
         assert self.count.keys() >= {"accepted", "dropped", "rejected", "left"}
 
 
 @pytest.fixture
-def gates(tmp_path: Path) -> Path:
+def fifos(tmp_path: Path) -> Path:
     """Where the fifos are at which filters wait for a client to leave."""
-    directory = tmp_path / "gates"
+    directory = tmp_path / "fifos"
     directory.mkdir()
     return directory
 
@@ -530,12 +501,12 @@ def run(load: Load, events: Sequence[Callable[[], None]]) -> None:
 
 
 def test_ledger(
-    proxsmtpd: StartDaemon, filter_script: MakeFilter, tmp_path: Path, gates: Path
+    proxsmtpd: StartDaemon, filter_script: MakeFilter, tmp_path: Path, fifos: Path
 ) -> None:
     print(f"LEDGER_SEED={SEED} LEDGER_MESSAGES={MESSAGES}")
     dropped = tmp_path / "dropped"
     dropped.touch()
-    env = {"LEDGER": str(dropped), "GATES": str(gates)}
+    env = {"LEDGER": str(dropped), "FIFOS": str(fifos)}
     with reserve_port() as front, reserve_port() as back:
         sink = Sink(port_of(back))
         common = {
@@ -544,11 +515,11 @@ def test_ledger(
             "FilterCommand": filter_script(FILTER),
         }
         daemons = Daemons(lambda kind: proxsmtpd({**common, **kind}, level=1, env=env))
-        load = Load(daemons, sink, gates)
+        load = Load(daemons, sink, fifos)
         with contextlib.closing(sink), contextlib.closing(load):
             run(load, disturbances(daemons, sink))
         daemons.sweep()
-    books = Books(load, sink, set(dropped.read_bytes().split()))
-    books.check()
-    print(books.count)
-    books.check_all_happened()
+    ledger = Ledger(load, sink, set(dropped.read_bytes().split()))
+    ledger.check()
+    print(ledger.count)
+    ledger.check_all_happened()

@@ -27,7 +27,9 @@ import pytest
 
 import proxsmtpd as program
 from helpers import (
+    MEGABYTE,
     PATIENCE,
+    QUEUED,
     Daemon,
     MakeFilter,
     MakeServer,
@@ -39,7 +41,6 @@ from helpers import (
 from postfix import POSTFIX, PrivatePostfix, smtpd
 from smtp import Action, RawClient, Recorded, Reply, ScriptedServer
 
-QUEUED = b"250 2.0.0 Ok: queued\r\n"
 CRLF = b"\r\n"
 
 
@@ -90,11 +91,6 @@ def pieces(ends: Mapping[str, bytes], cut: int) -> list[bytes]:
         found.append(piece + before + end[:cut])
         piece = end[cut:] + behind
     return [*found, piece]
-
-
-def stuffed(data: bytes) -> bytes:
-    """What a correct client makes of dots behind CRLF, so that it means `data`."""
-    return data.replace(b"\r\n.", b"\r\n..")
 
 
 def cleaned(data: bytes) -> bytes:
@@ -278,7 +274,7 @@ TAKEN_BY_POSTFIX = {
 } & set(ALL_ENDS)
 
 
-class Victim(NamedTuple):
+class LenientPostfix(NamedTuple):
     """A Postfix with two SMTP servers that take bare line feeds, and its mail."""
 
     postfix: PrivatePostfix
@@ -293,7 +289,7 @@ class Victim(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def victim() -> Iterator[Victim]:
+def lenient() -> Iterator[LenientPostfix]:
     """One Postfix for all tests: bare line feeds forbidden to nobody, or to all but
     the local networks, in which these tests and every local proxy are."""
     options = {
@@ -307,7 +303,7 @@ def victim() -> Iterator[Victim]:
         ports = {name: stack.enter_context(reserve_port()) for name in options}
         numbers = {name: port_of(holder) for name, holder in ports.items()}
         services = [smtpd(numbers[name], options[name]) for name in options]
-        yield Victim(stack.enter_context(PrivatePostfix(services)), numbers)
+        yield LenientPostfix(stack.enter_context(PrivatePostfix(services)), numbers)
 
 
 def attack(end: bytes, number: int) -> bytes:
@@ -337,35 +333,35 @@ class TestPostfix:
     pytestmark = needs_postfix
 
     @pytest.mark.parametrize("name", ["no", "excluded"])
-    def test_it_can_be_fooled(self, name: str, victim: Victim) -> None:
+    def test_it_can_be_fooled(self, name: str, lenient: LenientPostfix) -> None:
         """Without anything in between; so the following tests are not idle."""
         for number, end in enumerate(ALL_ENDS.values()):
-            client = RawClient(("127.0.0.1", victim.servers[name]))
+            client = RawClient(("127.0.0.1", lenient.servers[name]))
             client.start(recipients=[outer(number)])
             assert client.message(attack(end, number)).startswith(b"250 ")
             client.send(b"QUIT\r\n")
             client.rest()
             client.close()
-        got = victim.recipients()
+        got = lenient.recipients()
         assert names_of(got, "outer") == set(ALL_ENDS)
         assert names_of(got, "inner") == TAKEN_BY_POSTFIX
 
     @requires("proxsmtp", C_PROGRAM)
     def test_the_original_lets_it_through(
-        self, victim: Victim, proxsmtpd: StartDaemon
+        self, lenient: LenientPostfix, proxsmtpd: StartDaemon
     ) -> None:
         """The attack is real: a second message that the filter has not seen."""
         settings = {
-            "OutAddress": f"127.0.0.1:{victim.servers['excluded']}",
+            "OutAddress": f"127.0.0.1:{lenient.servers['excluded']}",
             "FilterCommand": "sed '1i X-Filter: seen\\r'",
         }
         daemon = proxsmtpd(settings, program=[C_PROGRAM], level=1)
         client = daemon.connect()
         client.start(recipients=[outer(0)])
         assert client.message(attack(b"\n.\n", 0)).startswith(b"250 ")
-        victim.postfix.wait_idle()
-        mails = {mail.recipient: mail for mail in victim.postfix.wait_mails(2)}
-        victim.postfix.clear()
+        lenient.postfix.wait_idle()
+        mails = {mail.recipient: mail for mail in lenient.postfix.wait_mails(2)}
+        lenient.postfix.clear()
         assert mails["outer0@example.com"].header("X-Filter") == "seen"
         assert mails["inner0@example.com"].header("X-Filter") is None
 
@@ -374,9 +370,9 @@ class TestPostfix:
         [("no filter", "no"), ("pipe", "no"), ("file", "no"), ("pipe", "excluded")],
     )
     def test_client_smuggles(
-        self, mode: str, name: str, victim: Victim, proxsmtpd: StartDaemon
+        self, mode: str, name: str, lenient: LenientPostfix, proxsmtpd: StartDaemon
     ) -> None:
-        server = {"OutAddress": f"127.0.0.1:{victim.servers[name]}"}
+        server = {"OutAddress": f"127.0.0.1:{lenient.servers[name]}"}
         client = proxsmtpd({**MODES[mode], **server}, level=3).connect()
         client.start()
         for number, end in enumerate(ALL_ENDS.values()):
@@ -384,17 +380,17 @@ class TestPostfix:
             client.envelope(recipients=[outer(number)])
             assert client.message(attack(end, number)).startswith(b"250 ")
         client.quit()
-        self.check_none_but_outer(victim)
+        self.check_none_but_outer(lenient)
 
     @pytest.mark.parametrize("mode", WRITERS)
     def test_filter_smuggles(
-        self, mode: str, victim: Victim, proxsmtpd: StartDaemon, tmp_path: Path
+        self, mode: str, lenient: LenientPostfix, proxsmtpd: StartDaemon, tmp_path: Path
     ) -> None:
         for number, end in enumerate(ALL_ENDS.values()):
             (tmp_path / str(number)).write_bytes(attack(end, number))
         command = f'{WRITERS[mode]}; cat {tmp_path}/"${{SENDER%@*}}"'
         settings = {
-            "OutAddress": f"127.0.0.1:{victim.servers['no']}",
+            "OutAddress": f"127.0.0.1:{lenient.servers['no']}",
             "FilterType": mode,
             "FilterCommand": command,
         }
@@ -405,10 +401,10 @@ class TestPostfix:
             client.envelope(b"<%d@example.com>" % number, [outer(number)])
             assert client.message(b"x\r\n").startswith(b"250 ")
         client.quit()
-        self.check_none_but_outer(victim)
+        self.check_none_but_outer(lenient)
 
-    def check_none_but_outer(self, victim: Victim) -> None:
-        got = victim.recipients()
+    def check_none_but_outer(self, lenient: LenientPostfix) -> None:
+        got = lenient.recipients()
         assert names_of(got, "inner") == set()
         assert names_of(got, "outer") == set(ALL_ENDS)
         assert len(got) == len(ALL_ENDS)
@@ -631,7 +627,7 @@ def hidden(line: bytes) -> dict[str, bytes]:
     }
 
 
-def hear(client: RawClient) -> bytes:
+def next_reply(client: RawClient) -> bytes:
     """The next reply, or nothing if the connection has ended."""
     return b"" if client.at_end() else client.reply()
 
@@ -642,12 +638,12 @@ def say(client: RawClient, *lines: bytes) -> bytes:
     for line in lines:
         with contextlib.suppress(ConnectionError):
             client.send(line + CRLF)
-        reply = hear(client)
+        reply = next_reply(client)
     return reply
 
 
 def say_rest(client: RawClient, octets: bytes) -> None:
-    """Send all of it, whether or not it is heard, and wait for the end."""
+    """Send all of it, also to a closed connection, and wait for the end."""
     with contextlib.suppress(ConnectionError):
         client.send(octets + b"QUIT\r\n")
     client.rest()
@@ -697,7 +693,7 @@ USES: Mapping[str, tuple[bytes, bytes, Use]] = {
     "BURL": (b"BURL", b"imap://raw.example/1 LAST", use_other),
     "XCLIENT": (b"XCLIENT", b"ADDR=192.0.2.66", use_other),
 }
-# The filter writes what it was told above what it has seen of the message's one line.
+# The filter writes its envelope above what it has read of the message's one line.
 READ = 'read -r line < "${EMAIL:-/dev/stdin}"; '
 TELL = r"""printf '%s\r\n' "$SENDER" "$RECIPIENTS"; printf '%s\n' "seen${line#raw}" """
 FILTERS = {
@@ -708,7 +704,7 @@ FILTERS = {
 
 
 def got_past(taken: Taken) -> bool:
-    """Whether a message differs from what the filter has seen, or was told."""
+    """Whether a message differs from what the filter has read, or from its envelope."""
     told = CRLF.join([taken.sender, *taken.recipients, b""])
     return taken.data != told + b"seen message\r\n.\r\n"
 
@@ -738,12 +734,12 @@ def test_spellings(
     }
     daemon = proxsmtpd(settings, level=3)
     wrong = {}
-    for use, (verb, argument, play) in USES.items():
+    for use, (verb, argument, act) in USES.items():
         for name, line in spellings(verb, argument).items():
             worst.forget()
             with RawClient(daemon.address) as client:
                 client.reply()
-                play(client, line)
+                act(client, line)
             if found := wrongs(worst, filter_type):
                 wrong[f"{use}, {name} ({line[:40]!r})"] = found
     assert not wrong, listed(wrong)
@@ -803,9 +799,9 @@ def test_tails_of_overlong_lines(
             client.send(part)
             wait_taken(client)
         client.send(b"NOOP\r\n")
-        heard = client.reply() + client.reply()
-        if heard != b"500 Line too long\r\n250 2.0.0 Ok\r\n":
-            wrong[name] = heard
+        received = client.reply() + client.reply()
+        if received != b"500 Line too long\r\n250 2.0.0 Ok\r\n":
+            wrong[name] = received
     assert not wrong, listed(wrong)
     assert server.connections[0].lines == [b"NOOP"] * len(TAILS)
 
@@ -958,17 +954,17 @@ def test_refused_data_with_more(
                 known = [b"EHLO client.example", b"AUTH PLAIN c2VzYW1l", *case.lines]
                 for line in case.lines[:-1]:
                     client.command(line)
-                heard = hear_all(client, case.lines[-1] + CRLF + more)
+                received = all_replies(client, case.lines[-1] + CRLF + more)
             connection = server.connections[-1]
             server.wait_for(lambda seen=connection: seen.closed)  # type: ignore[misc]
             beyond = [line for line in connection.lines if line not in known]
-            if not re.fullmatch(rb"554 [ -~]+\r\n", heard) or beyond:
-                wrong[f"{name}, {what}"] = heard, beyond
+            if not re.fullmatch(rb"554 [ -~]+\r\n", received) or beyond:
+                wrong[f"{name}, {what}"] = received, beyond
     assert not wrong, listed(wrong)
 
 
-def hear_all(client: RawClient, octets: bytes) -> bytes:
-    """What a client hears to the end that sends all of this without listening."""
+def all_replies(client: RawClient, octets: bytes) -> bytes:
+    """Send all of this without reading; returns all replies to the end."""
 
     def send() -> None:
         with contextlib.suppress(ConnectionError):
@@ -976,9 +972,9 @@ def hear_all(client: RawClient, octets: bytes) -> bytes:
 
     sender = threading.Thread(target=send)
     sender.start()
-    heard = client.rest()
+    received = client.rest()
     sender.join(PATIENCE)
-    return heard
+    return received
 
 
 @pytest.mark.parametrize("mode", ["no filter", "Skip"])
@@ -1010,7 +1006,7 @@ def test_more_comes_while_the_server_thinks(
 def test_payload_of_bdat(
     mode: str, server: ScriptedServer, proxsmtpd: StartDaemon
 ) -> None:
-    """The client hears the refusal, though a megabyte of its data is not read."""
+    """The client gets the refusal, though a megabyte of its data is not read."""
     daemon = proxsmtpd(ALL_MODES[mode], level=3)
     payload = SMUGGLED + b"raw message\r\n" * 80_000
     for line in (b"BDAT 999999", b"\tbdat 9 LAST", b"BDATX 9", b"BDAT"):
@@ -1018,8 +1014,8 @@ def test_payload_of_bdat(
         authenticated(client)
         client.command(MAIL)
         client.command(RCPT)
-        heard = hear_all(client, line + CRLF + payload)
-        assert heard == b"502 Command not implemented\r\n", line
+        received = all_replies(client, line + CRLF + payload)
+        assert received == b"502 Command not implemented\r\n", line
         connection = server.connections[-1]
         server.wait_for(lambda seen=connection: seen.closed)  # type: ignore[misc]
         assert b"raw" not in connection.received, line
@@ -1049,7 +1045,6 @@ DIALOGUE = (
 )
 VERBS = [verb for verb, _ in DIALOGUE]
 SPOKEN = [(verb, line) for verb, line in DIALOGUE if line]
-MEGABYTE = 1 << 20
 LONG_LINE = b"250-" + b"x" * 506 + CRLF
 NO_REPLIES = {
     "code 000": b"000 Ok\r\n",
@@ -1079,14 +1074,14 @@ NO_REPLIES = {
 
 
 def converse(daemon: Daemon) -> dict[str, bytes]:
-    """What the client hears in the dialogue, by the verb that it is the reply to."""
+    """Return the replies in the dialogue, by the verbs that they answer."""
     with RawClient(daemon.address, timeout=20) as client:
-        replies = {"GREETING": hear(client)}
+        replies = {"GREETING": next_reply(client)}
         for verb, line in SPOKEN:
-            heard = say(client, line)
-            if not heard:
+            received = say(client, line)
+            if not received:
                 break
-            replies[verb] = heard
+            replies[verb] = received
     return replies
 
 
@@ -1098,7 +1093,7 @@ class Faulty(NamedTuple):
     usual: Mapping[str, Reply]
 
     def dialogue(self, verb: str, reply: Reply) -> dict[str, bytes]:
-        """What the client hears when `verb` is answered like this."""
+        """Return the replies when `verb` is answered like this."""
         self.server.connections.clear()
         self.server.messages.clear()
         self.server.script.update({**self.usual, verb: reply})
@@ -1143,7 +1138,7 @@ def test_what_is_no_reply(faulty: Faulty) -> None:
             continue
         replies = faulty.dialogue(verb, reply)
         last = list(replies.values())[-1]
-        asked = [each for each, heard in replies.items() if heard[:3] == b"354"]
+        asked = [each for each, reply in replies.items() if reply[:3] == b"354"]
         acknowledged = QUEUED in replies.values()
         more = faulty.went_on(verb)
         if (

@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from test_filter import deliver
 
-from helpers import Daemon, MakeServer, StartDaemon, poll
+from helpers import QUEUED, Daemon, MakeServer, StartDaemon, deliver, poll
 from proxsmtpd import Statistics, describe_times
 from smtp import Delay, ScriptedServer
 
 MESSAGE = b"Subject: test\r\n\r\n.Hello\r\n"
 STUFFED = b"Subject: test\r\n\r\n..Hello\r\n"
-QUEUED = b"250 2.0.0 Ok: queued\r\n"
 
 LINE = r"^proxsmtpd: statistics: (.*)$"
 TIMES = (
@@ -273,6 +271,7 @@ def test_times_of_each_message(proxsmtpd: StartDaemon, make_server: MakeServer) 
     assert deliver(daemon, STUFFED) == QUEUED
     deliver(daemon, STUFFED, sender=b"<spam@example.com>")
     form = r"proxsmtpd: (\w{6}): took (\S+) s: filter (\S+) s, server (\S+) s$"
+    daemon.wait_log(r"(?s:(?:.*?: took ){2})")  # comes after the reply
     accepted, refused = re.findall(form, daemon.log(), re.M)
     whole, in_filter, at_server = map(float, accepted[1:])
     assert in_filter >= 0.3
@@ -427,7 +426,7 @@ def test_describe_times(
 def test_last_thousand_times_are_kept() -> None:
     statistics = Statistics()
     for number in range(1500):
-        statistics.note_times(float(number), 0)
+        statistics.note_message("FILTERED", 0, float(number))
     found = parse(statistics.report(0))
     assert found.filter is not None
     assert (found.filter.number, found.filter.longest) == (1000, 1499)

@@ -21,6 +21,7 @@ import pytest
 
 from helpers import (
     PATIENCE,
+    QUEUED,
     Daemon,
     MakeServer,
     StartDaemon,
@@ -34,7 +35,6 @@ from helpers import (
 from proxsmtpd import DATA_GRACE, LOG_LINE_LIMIT
 from smtp import Chunks, RawClient, ScriptedServer
 
-QUEUED = b"250 2.0.0 Ok: queued\r\n"
 GONE = b"421 Connection to server lost\r\n"
 
 

@@ -1,7 +1,7 @@
-"""One dialogue played to two programs: the C original and ours.
+"""One dialogue with two programs: the C original and ours.
 
 Each program stands between the same client and the same scripted server, with the
-same configuration.  What the client hears, what the server sees and what the log
+same configuration.  What the client receives, what the server receives and what the log
 says is written down as lines, so that two accounts can be compared line by line.
 """
 
@@ -34,7 +34,7 @@ ORIGINAL = "/usr/sbin/proxsmtpd"
 HOST, SERVER_HOST = "127.1.0.1", "127.1.0.2"
 
 # Seconds that a program may wait for a peer (its TimeOut), and after which a client
-# that still hears nothing gives up.  The first must end what the original lets hang.
+# that still gets nothing gives up.  The first must end what the original lets hang.
 TIME_OUT = 3
 SILENCE = 8.0
 
@@ -83,8 +83,8 @@ class Account:
     faults: tuple[str, ...]
 
 
-def play(dialogue: Dialogue, command: Sequence[str]) -> Account:
-    """Start the program that `command` names, play the dialogue to it and end it."""
+def run_dialogue(dialogue: Dialogue, command: Sequence[str]) -> Account:
+    """Start the program that `command` names, have the dialogue with it, end it."""
     place = Path(tempfile.mkdtemp(prefix="differential-"))
     try:
         with ScriptedServer(
@@ -93,23 +93,23 @@ def play(dialogue: Dialogue, command: Sequence[str]) -> Account:
             extensions=dialogue.extensions,
             host=SERVER_HOST,
         ) as server:
-            return _play(dialogue, command, place, server)
+            return _run_dialogue(dialogue, command, place, server)
     finally:
         shutil.rmtree(place)
 
 
-def _play(
+def _run_dialogue(
     dialogue: Dialogue, command: Sequence[str], place: Path, server: ScriptedServer
 ) -> Account:
     daemon = _start(dialogue, command, place, server)
     try:
         daemon.wait_listening()
-        heard = converse(daemon.port, dialogue.turns)
+        received = converse(daemon.port, dialogue.turns)
         _wait_closed(server)
     finally:
         faults = daemon.finish()
     return Account(
-        client=tuple(heard),
+        client=tuple(received),
         server=tuple(constant(server_lines(server), place)),
         log=tuple(constant(log_lines(daemon.log()), place)),
         faults=tuple(faults),
@@ -181,30 +181,30 @@ def connect(port: int) -> socket.socket:
 
 def converse(port: int, turns: Sequence[bytes | None]) -> list[str]:
     """Say the turns to a port; give the lines that came back, and how it ended."""
-    heard: list[str] = []
+    received: list[str] = []
     with connect(port) as sock:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         replies = sock.makefile("rb")
         try:
-            hear(replies, heard)
+            read_reply(replies, received)
             for turn in turns:
                 sock.sendall(b"" if turn is None else turn + b"\r\n")
-                hear(replies, heard)
+                read_reply(replies, received)
         except (EOFError, ConnectionError):
-            heard.append("(end)")
+            received.append("(end)")
         except socket.timeout:
-            heard.append("(silence)")
-    return heard
+            received.append("(silence)")
+    return received
 
 
-def hear(replies: BinaryIO, heard: list[str]) -> None:
-    """Add the lines of one reply to `heard`; raises EOFError when there is none."""
+def read_reply(replies: BinaryIO, received: list[str]) -> None:
+    """Add the lines of one reply to `received`; raises EOFError when there is none."""
     more = True
     while more:
         line = replies.readline()
         if not line:
             raise EOFError
-        heard += printable(line)
+        received += printable(line)
         more = bool(re.match(rb"\d{3}-", line))
 
 

@@ -1,22 +1,22 @@
-"""The fault table: what breaks, when, and what everybody then hears and sees.
+"""The fault table: what breaks, when, and what the client and the server then receive.
 
-Data, and the few lines that make cells of it; `test_faults.py` plays them.  A cell
+Data, and the few lines that make cases of it; `test_faults.py` runs them.  A case
 is one mail transaction in which one thing breaks:
 
 way     how proxsmtpd is set up: `pipe` and `file` are types of filters, `stream` is
-        no filter, `kept` is a pipe with KeepAlives.  Several ways are several cells.
+        no filter, `kept` is a pipe with KeepAlives.  Several ways are several cases.
 when    the step of the dialogue: greeting, EHLO, MAIL, RCPT, DATA, body, dot, QUIT;
-        in cells named so also XCLIENT and the EHLO behind it (EHLO2), HELP, RSET,
+        in cases named so also XCLIENT and the EHLO after it (EHLO2), HELP, RSET,
         proxsmtpd's own RSET after a refusal, and its NOOP while the client sends
         or, as filter-NOOP, while the filter runs.
-hears   what the client hears that it does not hear when all is well: `STEP reply`,
+replies what the client receives that it does not when all is well: `STEP reply`,
         and `end` where the connection ends before the client said QUIT.  Where the
         fault is the client's: all replies that come after it.  ` or ` stands between
         what the system may make of it.
-sees    the verbs that the server received, a regular expression.
+verbs   the verbs that the server received, a regular expression.
 #       how many messages the server accepted.
 
-In tables, ` / ` stands between the things that are heard, `-` is nothing, `~` is
+In tables, ` / ` stands between replies, `-` is nothing, `~` is
 `EHLO MAIL RCPT`, and {name} is one of the replies in `REPLIES`.  A client that is
 refused something says QUIT next, if the connection is still there.
 """
@@ -61,15 +61,15 @@ REJECT = "echo no >&2; exit 1"
 FOR_EVER = "exec sleep 60"
 
 
-class Cell(NamedTuple):
+class Case(NamedTuple):
     """One fault at one moment; see the module's text for the fields."""
 
     way: str
     party: str  # whose fault it is: server, client, filter, disk or limit
     when: str
     what: str
-    hears: str
-    sees: str
+    replies: str
+    verbs: str
     delivered: int
     script: str = "pass"  # of the filter
     message: str = "short"  # or `long`: longer than proxsmtpd keeps in memory
@@ -212,12 +212,12 @@ filter-NOOP | stalls  | kept        | dot {slow} / end | ~ NOOP | 0
 SERVER_SCRIPTS = {"own-RSET": REJECT, "filter-NOOP": f"{WAIT}; pass"}
 
 
-def server_cells() -> Iterator[Cell]:
+def server_cases() -> Iterator[Case]:
     """The server's faults."""
-    for when, what, ways, hears, sees, delivered in rows(SERVER):
+    for when, what, ways, replies, verbs, delivered in rows(SERVER):
         for way in ways.split():
-            yield Cell(
-                *(way, "server", when, what, hears, sees, int(delivered)),
+            yield Case(
+                *(way, "server", when, what, replies, verbs, int(delivered)),
                 script=SERVER_SCRIPTS.get(when, "pass"),
                 message="huge" if when == "body" else "short",
                 impatient=what == "stalls",
@@ -317,12 +317,12 @@ CLIENT_SCRIPTS = {
 }
 
 
-def client_cells() -> Iterator[Cell]:
+def client_cases() -> Iterator[Case]:
     """The client's faults."""
-    for when, what, ways, hears, sees, delivered in rows(CLIENT):
+    for when, what, ways, replies, verbs, delivered in rows(CLIENT):
         for way in ways.split():
-            yield Cell(
-                *(way, "client", when, what, hears, sees, int(delivered)),
+            yield Case(
+                *(way, "client", when, what, replies, verbs, int(delivered)),
                 script=CLIENT_SCRIPTS.get(when, "pass"),
                 impatient=what == "stalls",
             )
@@ -336,7 +336,7 @@ class Filter(NamedTuple):
 
     what: str
     script: str
-    hears: str = "dot {error}"
+    replies: str = "dot {error}"
     ways: str = "pipe file"
     message: str = "short"
     left: int = 0
@@ -381,22 +381,22 @@ ENDING = (
     Filter("sees a signal, has silent children", f"{APART} exit 137"),
     Filter("empties it, has silent children", f"{APART} exec cat >&2", ways="pipe"),
     Filter("empties it, has children", f"{CHILD} : >$EMAIL", ways="file"),
-    Filter("leaves it to children", HANDED_ON, hears="", ways="pipe"),
+    Filter("leaves it to children", HANDED_ON, replies="", ways="pipe"),
     Filter("leaves much to children", HANDED_ON, "", "pipe", message="long"),
-    Filter("leaves children", f"{CHILD} pass", hears="", ways="file", left=1),
-    Filter("leaves talking children", f"{TALKING} pass", hears="", left=1),
-    Filter("leaves silent children", f"{APART} pass", hears="", left=1),
-    Filter("rejects, leaves children", f"{APART} {REJECT}", hears="dot {no}", left=1),
+    Filter("leaves children", f"{CHILD} pass", replies="", ways="file", left=1),
+    Filter("leaves talking children", f"{TALKING} pass", replies="", left=1),
+    Filter("leaves silent children", f"{APART} pass", replies="", left=1),
+    Filter("rejects, leaves children", f"{APART} {REJECT}", replies="dot {no}", left=1),
     # That say too much on standard error; on standard output, see `flood` below.
-    Filter("floods", f"{FLOOD} /dev/zero >&2; pass", hears=""),
-    Filter("floods with lines", f"yes | {FLOOD} >&2; pass", hears=""),
-    Filter("floods and rejects", f"yes | {FLOOD} >&2; {REJECT}", hears="dot {no}"),
+    Filter("floods", f"{FLOOD} /dev/zero >&2; pass", replies=""),
+    Filter("floods with lines", f"yes | {FLOOD} >&2; pass", replies=""),
+    Filter("floods and rejects", f"yes | {FLOOD} >&2; {REJECT}", replies="dot {no}"),
     # That cannot be run, or stop in the middle.
     Filter("is not there", "exec /nonexistent/filter"),
     Filter("is not executable", "exec /etc/passwd"),
     Filter("is a directory", "exec /"),
     Filter("closes all and fails", f"{SILENT}; exit 1", "dot 550 Content Rejected"),
-    Filter("closes all and goes on", f"pass; {SILENT}; sleep 0.2", hears=""),
+    Filter("closes all and goes on", f"pass; {SILENT}; sleep 0.2", replies=""),
     Filter("reads nothing", "echo Subject: none", "", ways="pipe"),
     Filter("reads nothing of much", "echo Subject: none", "", "pipe", message="long"),
     Filter("takes it away", "rm $EMAIL", ways="file"),
@@ -410,27 +410,35 @@ STOPPING = {signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU}
 def hit_filters(numbers: Iterable[int]) -> Iterator[Filter]:
     """Filters that get these signals, themselves or what the shell runs for them."""
     for number in sorted(map(int, numbers)):
-        hears = "" if number in IGNORED else "dot {error}"
+        replies = "" if number in IGNORED else "dot {error}"
         script = f"ulimit -c 0; kill -{number} $$; pass"
-        yield Filter(f"gets signal {number}", script, hears)
+        yield Filter(f"gets signal {number}", script, replies)
         inner = f"ulimit -c 0; sh -c 'kill -{number} $$' && pass"
-        yield Filter(f"sees signal {number}", inner, hears, ways="pipe")
+        yield Filter(f"sees signal {number}", inner, replies, ways="pipe")
 
 
-def filter_cells() -> Iterator[Cell]:
+def filter_cases() -> Iterator[Case]:
     """The filter's faults."""
     others = signal.valid_signals() - STOPPING
-    yield from cells_of((*ENDLESS, *hit_filters(STOPPING)), impatient=True)
-    yield from cells_of((*ENDING, *hit_filters(others)), impatient=False)
+    yield from cases_of((*ENDLESS, *hit_filters(STOPPING)), impatient=True)
+    yield from cases_of((*ENDING, *hit_filters(others)), impatient=False)
 
 
-def cells_of(filters: Iterable[Filter], impatient: bool) -> Iterator[Cell]:
-    """The cells of filters that are to be ended, or end, by themselves."""
-    for what, script, hears, ways, message, left in filters:
-        sees = resolved("~ RSET QUIT" if hears else "~ DATA QUIT")
+def cases_of(filters: Iterable[Filter], impatient: bool) -> Iterator[Case]:
+    """The cases of filters that are to be ended, or end, by themselves."""
+    for what, script, replies, ways, message, left in filters:
+        verbs = resolved("~ RSET QUIT" if replies else "~ DATA QUIT")
         for way in ways.split():
-            yield Cell(
-                *(way, "filter", "filter", what, resolved(hears), sees, int(not hears)),
+            yield Case(
+                *(
+                    way,
+                    "filter",
+                    "filter",
+                    what,
+                    resolved(replies),
+                    verbs,
+                    int(not replies),
+                ),
                 *(script, message, left, impatient),
             )
 
@@ -485,7 +493,7 @@ processes   | 3           | pipe             | - | ~ DATA QUIT | 1
 
 # So much more memory, in KiB, may the process get; at first less than nothing, more
 # often than it may have connections.  The moment is left to chance, but not what the
-# client may hear, and whether the message is delivered then.
+# client may receive, and whether the message is delivered then.
 MEMORY_LEFT = (*[-64] * 6, *range(0, 512, 32))
 MEMORY = {
     "end": 0,
@@ -497,19 +505,19 @@ MEMORY = {
 }
 
 
-def disk_cells() -> Iterator[Cell]:
+def disk_cases() -> Iterator[Case]:
     """What is wrong with TempDirectory."""
-    for what, message, ways, hears, sees, delivered in rows(DISK):
+    for what, message, ways, replies, verbs, delivered in rows(DISK):
         for way in ways.split():
-            yield Cell(
-                *(way, "disk", message, what, hears, sees, int(delivered)),
+            yield Case(
+                *(way, "disk", message, what, replies, verbs, int(delivered)),
                 script="yes" if message == "flood" else "pass",
                 message="long" if message == "long" else "short",
             )
 
 
-def limit_cells() -> Iterator[Cell]:
+def limit_cases() -> Iterator[Case]:
     """What the system has no more of; `when` is the number that is left."""
-    for what, numbers, ways, hears, sees, delivered in rows(LIMITS):
+    for what, numbers, ways, replies, verbs, delivered in rows(LIMITS):
         for number, way in itertools.product(numbers.split(), ways.split()):
-            yield Cell(way, "limit", number, what, hears, sees, int(delivered))
+            yield Case(way, "limit", number, what, replies, verbs, int(delivered))

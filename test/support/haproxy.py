@@ -11,14 +11,13 @@ import re
 import subprocess
 from typing import TYPE_CHECKING
 
-from helpers import is_listening, poll
+from helpers import PEER_PATIENCE, is_listening, poll
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
 HAPROXY = "/usr/sbin/haproxy"
-PATIENCE = 20.0
 
 LISTEN = """\
 listen smtp
@@ -80,7 +79,7 @@ class HAProxy:
                 stderr=log,
             )
         try:
-            assert poll(self._is_up, PATIENCE), self.log()
+            assert poll(self._is_up, PEER_PATIENCE), self.log()
             assert self._process.poll() is None, self.log()
         except BaseException:
             self.__exit__()
@@ -90,7 +89,7 @@ class HAProxy:
     def __exit__(self, *_: object) -> None:
         self._process.terminate()  # It has nothing to finish in the foreground.
         try:
-            self._process.wait(PATIENCE)
+            self._process.wait(PEER_PATIENCE)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -106,8 +105,12 @@ class HAProxy:
     def wait_log(self, pattern: str, count: int = 1) -> None:
         """Wait until its log has so many matches of the pattern."""
         expression = re.compile(pattern, re.M)
-        found = poll(lambda: len(expression.findall(self.log())) >= count, PATIENCE)
-        assert found, f"no {pattern!r} within {PATIENCE} s in this log:\n{self.log()}"
+        found = poll(
+            lambda: len(expression.findall(self.log())) >= count, PEER_PATIENCE
+        )
+        assert found, (
+            f"no {pattern!r} within {PEER_PATIENCE} s in this log:\n{self.log()}"
+        )
 
     def wait_state(self, server: str, state: str) -> None:
         """Wait until the checks have found that a machine is UP or DOWN."""

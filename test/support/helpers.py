@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import functools
 import os
+import pwd
 import py_compile
 import re
 import select
@@ -17,7 +19,6 @@ import shlex
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -30,12 +31,28 @@ from typing import Any, Callable, Union
 
 import pytest
 
-from smtp import RawClient, ScriptedServer
+from smtp import RawClient, Recorded, ScriptedServer
 
-PROGRAM = str(Path(__file__).resolve().parents[2] / "proxsmtpd.py")
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = str(ROOT / "proxsmtpd.py")
+OTHER_SYSTEM = str(Path(__file__).resolve().parent / "other_system.py")
 MARKER = "PROXSMTPD_TEST"
 TRACEBACK = "Traceback (most recent call last)"
-PATIENCE = 10.0
+PATIENCE = 10.0  # seconds for the program
+PEER_PATIENCE = 30.0  # seconds for another package's program
+MEGABYTE = 1 << 20
+
+MESSAGE = b"Subject: test\r\n\r\nHello\r\n"
+GREETING = b"220 smtp.passthru ESMTP\r\n"
+QUEUED = b"250 2.0.0 Ok: queued\r\n"
+LOCAL_ERROR = b"451 Local Error\r\n"
+
+# The variables that a filter gets, as they should never reach it.
+STALE_ENVIRONMENT = dict.fromkeys(
+    "CLIENT SERVER SENDER RECIPIENTS REMOTE REMOTE_HELO EMAIL TMPDIR".split(), "stale"
+)
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 Settings = Union[str, Mapping[str, object]]
 StartDaemon = Callable[..., "Daemon"]
@@ -68,6 +85,32 @@ def requires(name: str, path: str) -> pytest.MarkDecorator:
     variable PROXSMTPD_REQUIRE_PEERS is set (as it is in CI).
     """
     return pytest.mark.requires_program(name, path)
+
+
+def run(*args: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run the program until it, or as a daemon its first process, ends."""
+    command = [*program_under_test(), *map(str, args)]
+    return subprocess.run(
+        command,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        **options,
+    )
+
+
+# Marks for tests by which `proxsmtpd` starts the program as on a system without
+# Linux's own calls: there only, or there as well.
+on_other_systems = pytest.mark.parametrize(
+    "proxsmtpd", [[sys.executable, "-IS", OTHER_SYSTEM]], ids=["other"], indirect=True
+)
+on_other_systems_too = pytest.mark.parametrize(
+    "proxsmtpd",
+    [[], [sys.executable, "-IS", OTHER_SYSTEM]],
+    ids=["here", "other"],
+    indirect=True,
+)
 
 
 def reserve_port(host: str = "127.0.0.1") -> socket.socket:
@@ -117,26 +160,54 @@ def marked_processes(mark: str) -> dict[int, str]:
     return found
 
 
+def is_alive(pid: int) -> bool:
+    """Whether a process runs (a zombie does not)."""
+    try:
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return words[0] != "Z"
+
+
+def open_files(pid: int) -> dict[Path, str]:
+    """The descriptors of a process, as paths in /proc, and what they are open for."""
+    found = {}
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            found[descriptor] = os.readlink(descriptor)
+    return found
+
+
 def is_listening(address: str) -> bool:
     """Whether somebody listens there, found out without connecting."""
     if address.startswith("/"):
         flag_and_path = re.compile(rf" 00010000 .* {re.escape(address)}$", re.M)
         return bool(flag_and_path.search(Path("/proc/net/unix").read_text()))
     host, _, port = address.rpartition(":")
-    local = f"(?:{in_proc(host.strip('[]'))}):{int(port):04X}"
-    listening = re.compile(rf"^\s*\d+: {local} [0-9A-F:]+ 0A ", re.M)
-    tables = [Path("/proc/net/tcp"), Path("/proc/net/tcp6")]
-    return any(t.exists() and listening.search(t.read_text()) for t in tables)
+    return any(is_taken(*where, int(port)) for where in places(host.strip("[]")))
 
 
-def in_proc(host: str) -> str:
-    """A pattern for sockets that serve an address, as /proc has it in hexadecimal."""
+def places(host: str) -> list[tuple[socket.AddressFamily, str]]:
+    """Where a socket that serves an address is, or can be."""
     for family in (socket.AF_INET, socket.AF_INET6):
         with contextlib.suppress(OSError):
-            packed = socket.inet_pton(family, host)
-            words = struct.unpack(f"{len(packed) // 4}I", packed)
-            return "".join(f"{word:08X}" for word in words) + "|0{8}|0{32}"
-    return "[0-9A-F]+"  # a name, or a port alone
+            socket.inet_pton(family, host)
+            return [(family, host)]
+    return [(socket.AF_INET, ""), (socket.AF_INET6, "")]  # a name, or a port alone
+
+
+def is_taken(family: socket.AddressFamily, host: str, port: int) -> bool:
+    """Whether the port cannot be bound by somebody who wants to reuse it.
+
+    That is so when somebody listens there.  To read it in /proc/net/tcp takes 10 ms.
+    """
+    with contextlib.suppress(OSError), socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            return error.errno == errno.EADDRINUSE
+    return False
 
 
 class Daemon:
@@ -313,8 +384,10 @@ def write_config(path: Path, text: str, **defaults: object) -> str:
 class DaemonFactory:
     """Starts daemons and, at the end, says what is wrong with any of them."""
 
-    def __init__(self, place: Path, server: ScriptedServer) -> None:
-        self._place, self._server = place, server
+    def __init__(
+        self, place: Path, server: ScriptedServer, program: Sequence[str] = ()
+    ) -> None:
+        self._place, self._server, self._program = place, server, program
         self._daemons: list[Daemon] = []
         self._holders: list[socket.socket] = []
 
@@ -333,7 +406,8 @@ class DaemonFactory:
         """A running daemon; `options` are for its Popen."""
         config = self._place / f"proxsmtpd-{len(self._daemons)}" / "proxsmtpd.conf"
         text = self._configure(config, settings_text(settings), server or self._server)
-        command = [*(program or program_under_test()), "-d", level, "-f", config, *args]
+        program = program or self._program or program_under_test()
+        command = [*program, "-d", level, "-f", config, *args]
         daemon = Daemon(
             [str(word) for word in command],
             config,
@@ -345,6 +419,8 @@ class DaemonFactory:
         self._daemons.append(daemon)
         if wait:
             daemon.wait_listening()
+            if level >= 4 and not program:  # which may log elsewhere
+                daemon.wait_log("accepting connections$")
         return daemon
 
     def _configure(self, config: Path, text: str, server: ScriptedServer) -> str:
@@ -367,3 +443,102 @@ class DaemonFactory:
             holder.close()
         for daemon, problems in wrong:
             assert not problems, f"{'; '.join(problems)}; its log:\n{daemon.log()}"
+
+
+# --- Messages ---
+
+
+def long_message(size: int) -> bytes:
+    """A message of about so many octets, no two lines of it the same."""
+    lines = (b"%09d" % number + b"." * 60 + b"\r\n" for number in range(size // 71))
+    return b"Subject: long\r\n\r\n" + b"".join(lines)
+
+
+def stuffed(data: bytes) -> bytes:
+    """Mail data with the dots of the transparency procedure (RFC 5321 4.5.2)."""
+    return re.sub(rb"^(?=\0?\.)", b".", data, flags=re.M)
+
+
+def unstuffed(data: bytes) -> bytes:
+    """Mail data without the dots of the transparency procedure."""
+    return re.sub(rb"^\.", b"", data, flags=re.M)
+
+
+def octetwise(octets: bytes) -> list[bytes]:
+    """The octets one by one."""
+    return [octets[i : i + 1] for i in range(len(octets))]
+
+
+def send(address: str, data: bytes = MESSAGE) -> bytes:
+    """Send a message to a daemon; returns the reply to its end."""
+    with RawClient(address) as client:
+        reply = client.message(data)
+        client.quit()
+        return reply
+
+
+def deliver(daemon: Daemon, data: bytes = MESSAGE, **envelope: object) -> bytes:
+    """Send one message on a connection of its own; returns the reply to its end."""
+    client = daemon.connect(timeout=30)
+    reply = client.message(data, **envelope)  # type: ignore[arg-type]
+    client.quit()
+    return reply
+
+
+def verbs(connection: Recorded) -> list[bytes]:
+    """The verbs of all command lines that the server received."""
+    return [line.split(b" ")[0].upper() for line in connection.lines]
+
+
+def status_of(daemon: Daemon) -> str:
+    """What the log says has become of the message."""
+    return daemon.wait_log(r"client=.*, status=(.*)$")[1]
+
+
+def saved_environment(path: Path) -> dict[bytes, bytes]:
+    """The environment that a filter has saved with `cat /proc/self/environ`."""
+    pairs = path.read_bytes().rstrip(b"\0").split(b"\0")
+    return {name: value for name, _, value in (pair.partition(b"=") for pair in pairs)}
+
+
+# --- What the system has ---
+
+
+def mounted(source: object, target: str) -> list[str]:
+    """The beginning of a command line that runs with `source` mounted on `target`."""
+    script = f'mount --bind "$0" {target} && exec "$@"'
+    return ["unshare", "-m", "sh", "-c", script, str(source)]
+
+
+def can_mount() -> bool:
+    """Whether a process may have a mount namespace of its own."""
+    try:
+        command = [*mounted("/etc/hosts", "/etc/hosts"), "true"]
+        return not subprocess.run(command, check=False, capture_output=True).returncode
+    except FileNotFoundError:
+        return False
+
+
+with_mounts = pytest.mark.skipif(not can_mount(), reason="cannot mount")
+
+
+def some_user() -> pwd.struct_passwd:
+    """An unprivileged user who probably has no processes."""
+    for name in ("games", "nobody"):
+        try:
+            return pwd.getpwnam(name)
+        except KeyError:
+            continue
+    pytest.skip("no unprivileged user")
+
+
+def fake_devices(place: Path, log: socket.socket) -> Path:
+    """A directory for /dev, in which `log` is the system's log."""
+    devices = place / "dev"
+    devices.mkdir()
+    for name in ("null", "zero", "random", "urandom", "tty"):
+        real = os.stat(f"/dev/{name}")
+        os.mknod(devices / name, real.st_mode, real.st_rdev)
+    (devices / "fd").symlink_to("/proc/self/fd")
+    log.bind(str(devices / "log"))
+    return devices

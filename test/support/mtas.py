@@ -26,11 +26,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers import is_listening, poll, port_of, reserve_port
+from helpers import PEER_PATIENCE, is_listening, poll, port_of, reserve_port
 from postfix import Mail
 
 PEERS = Path(os.environ.get("PROXSMTPD_PEERS", "/"))
-PATIENCE = 30.0  # seconds
 
 SIZE_LIMIT = 100 * 1024
 USER, PASSWORD = "user", "open sesame"  # Exim's only account
@@ -245,7 +244,7 @@ class Peer:
 
     def _wait_listening(self) -> None:
         ended = self._process.poll
-        poll(lambda: ended() is not None or is_listening(self.address), PATIENCE)
+        poll(lambda: ended() is not None or is_listening(self.address), PEER_PATIENCE)
         if ended() is not None or not is_listening(self.address):
             raise self._error("it does not listen")
 
@@ -255,7 +254,7 @@ class Peer:
         pid = self._process.pid
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text()
         subprocess.run(["kill", "-KILL", *(children.split() or [str(pid)])], check=True)
-        self._process.wait(PATIENCE)
+        self._process.wait(PEER_PATIENCE)
 
     def _error(self, problem: str) -> PeerError:
         return PeerError(f"{self.kind}: {problem}; its log:\n{self.log()}")
@@ -279,7 +278,7 @@ class Peer:
 
     def wait_mails(self, count: int) -> list[Mail]:
         """The delivered messages when there are `count`; PeerError if there are not."""
-        if not poll(lambda: len(self.mails()) >= count, PATIENCE):
+        if not poll(lambda: len(self.mails()) >= count, PEER_PATIENCE):
             raise self._error(f"{len(self.mails())} of {count} messages were delivered")
         mails = self.mails()
         if len(mails) > count:

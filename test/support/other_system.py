@@ -15,7 +15,7 @@ import select
 import sys
 from pathlib import Path
 
-PROGRAM = Path(__file__).resolve().parents[2] / "proxsmtpd.py"
+PLACE = Path(__file__).resolve().parents[2]
 OF_LINUX = {
     os: "O_TMPFILE pidfd_open sched_getaffinity sched_setaffinity waitid",
     select: "POLLRDHUP epoll",
@@ -34,5 +34,7 @@ for module, names in OF_LINUX.items():
             delattr(module, name)
 sys.platform = "freebsd14"
 sys.addaudithook(hide_proc)
-sys.argv[0] = str(PROGRAM)
-runpy.run_path(str(PROGRAM), run_name="__main__")
+sys.argv[0] = str(PLACE / "proxsmtpd.py")
+sys.path.append(str(PLACE))
+# By its byte code if there is any.
+runpy.run_module("proxsmtpd", run_name="__main__", alter_sys=True)

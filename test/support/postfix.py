@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Callable, TypeVar
 
 import pytest
 
+from helpers import PEER_PATIENCE
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
@@ -35,7 +37,7 @@ SMTP_SOURCE = "/usr/sbin/smtp-source"
 SENDER = "sender@example.com"
 RECIPIENT = "recipient@example.net"
 
-# A filter that puts what it was told into the message's header, for tests to read.
+# A filter that puts its environment into the message's header, for tests to read.
 TELL = r"""
 recipients=$(printf '%s' "$RECIPIENTS" | tr '\n' ' ')
 printf 'X-Filter-%s: %s\r\n' Client "$CLIENT" Server "$SERVER" Sender "$SENDER" \
@@ -43,9 +45,7 @@ printf 'X-Filter-%s: %s\r\n' Client "$CLIENT" Server "$SERVER" Sender "$SENDER" 
 exec cat
 """
 
-# Seconds that the log, the maildir and the queue have to show what is waited for, and
-# between two looks at them: files give no event that Python can wait for.
-PATIENCE = 20.0
+# Seconds between two looks: files give no event that Python can wait for.
 POLL = 0.02
 
 T = TypeVar("T")
@@ -300,9 +300,9 @@ class PrivatePostfix:
     def wait(self, what: str, look: Callable[[], T | None]) -> T:
         """Give what `look` gives as soon as it is neither None, False nor empty.
 
-        Raises PostfixError, which names `what`, after PATIENCE seconds.
+        Raises PostfixError, which names `what`, when it takes too long.
         """
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + PEER_PATIENCE
         while not (seen := look()):
             if time.monotonic() > deadline:
                 raise self._error(f"waited in vain for {what}")
@@ -321,7 +321,7 @@ class PrivatePostfix:
     def wait_mails(self, count: int) -> list[Mail]:
         """Give the delivered messages when there are `count`.
 
-        Raises PostfixError when there are too few after PATIENCE seconds, or too many.
+        Raises PostfixError when there are too few in time, or too many.
         """
         new = self.directory / "mail/new"
         self.wait(

@@ -360,7 +360,7 @@ class _Dialogue:
         if message is None or code[:1] != b"2":
             self._send_pieces(pieces, pause)
             return code
-        # Before it is said, since who hears it may look at once.
+        # Before it is said, since the client may look at once.
         messages = self._server.messages
         self._server._note(lambda: messages.append(message))
         try:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import grp
 import os
-import pwd
 import random
 import re
 import resource
-import shutil
 import signal
 import socket
 import stat
@@ -18,52 +16,49 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Callable
 
 import pytest
 
 import proxsmtpd as module
+from detached import Detach
 from helpers import (
+    GREETING,
+    MARKER,
+    MESSAGE,
     PATIENCE,
+    QUEUED,
+    TRACEBACK,
     Daemon,
     MakeServer,
     StartDaemon,
+    as_root,
+    fake_devices,
     is_listening,
+    marked_processes,
+    mounted,
+    on_other_systems_too,
     poll,
     port_of,
     program_under_test,
     reserve_port,
-    settings_text,
+    run,
+    send,
+    some_user,
+    with_mounts,
 )
 from proxsmtpd import connect
 from smtp import RawClient, ScriptedServer
 
-MESSAGE = b"Subject: test\r\n\r\nHello\r\n"
-QUEUED = b"250 2.0.0 Ok: queued\r\n"
 BUSY = b"421 Server busy, too many connections\r\n"
 USAGE = """\
 usage: proxsmtpd [-d debuglevel] [-f configfile] [-p pidfile]
        proxsmtpd -t [-d debuglevel] [-f configfile] [message ...]
        proxsmtpd -v
 """
-
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
-
-
-def run(*args: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run the program until it, or as a daemon its first process, ends."""
-    command = [*program_under_test(), *map(str, args)]
-    return subprocess.run(
-        command,
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        **options,
-    )
 
 
 @pytest.fixture
@@ -440,7 +435,7 @@ def test_out_address_is_required(config: Callable[[str], Path]) -> None:
 def greeted(address: str) -> bool:
     """Whether a client of this address is served."""
     with RawClient(address) as client:
-        return client.reply() == b"220 smtp.passthru ESMTP\r\n"
+        return client.reply() == GREETING
 
 
 def test_listen_on_a_port(proxsmtpd: StartDaemon) -> None:
@@ -482,6 +477,7 @@ def test_listen_on_ipv6(proxsmtpd: StartDaemon, tmp_path: Path) -> None:
     daemon.wait_log(r": client=::1, from=a@example\.com")
 
 
+@on_other_systems_too
 def test_listen_on_everything(proxsmtpd: StartDaemon, tmp_path: Path) -> None:
     """`[::]` serves IPv4 too, and calls an IPv4 client by its plain address."""
     saved = tmp_path / "client"
@@ -494,6 +490,7 @@ def test_listen_on_everything(proxsmtpd: StartDaemon, tmp_path: Path) -> None:
             with RawClient(f"{host}:{port}") as client:
                 assert client.message(MESSAGE) == QUEUED
             assert saved.read_text() == f"{client_address}\n"
+            daemon.wait_log(rf": client={client_address}, from=a@example\.com")
     assert "ffff" not in daemon.log()
 
 
@@ -508,9 +505,7 @@ def test_stale_unix_socket_is_replaced(proxsmtpd: StartDaemon, tmp_path: Path) -
     path = tmp_path / "socket"
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(str(path))
-    assert (
-        proxsmtpd({"Listen": path}).connect().reply() == b"220 smtp.passthru ESMTP\r\n"
-    )
+    assert proxsmtpd({"Listen": path}).connect().reply() == GREETING
 
 
 @pytest.mark.parametrize("kind", ["file", "directory", "link", "fifo"])
@@ -543,7 +538,7 @@ def test_unix_socket_in_use_stays(
     result = run("-d", "1", "-f", config(f"OutAddress: 25\nListen: {path}\n"))
     assert result.returncode == 1
     assert str(path) in result.stderr
-    assert daemon.connect().reply() == b"220 smtp.passthru ESMTP\r\n"
+    assert daemon.connect().reply() == GREETING
 
 
 def test_unix_socket_of_another_instance_stays(
@@ -555,7 +550,7 @@ def test_unix_socket_of_another_instance_stays(
     second = proxsmtpd({"Listen": path})
     second.wait_log("accepting connections$")  # the first one's socket has the name too
     assert first.stop() == 0
-    assert second.connect().reply() == b"220 smtp.passthru ESMTP\r\n"
+    assert second.connect().reply() == GREETING
     assert second.stop() == 0
     assert not path.exists()
 
@@ -586,6 +581,7 @@ def test_server_on_a_unix_socket(
     assert daemon.connect().message(MESSAGE) == QUEUED
 
 
+@on_other_systems_too
 @pytest.mark.parametrize("form", ["{}", "0.0.0.0:{}", "[::]:{}"])
 def test_connect_back(
     form: str, make_server: MakeServer, proxsmtpd: StartDaemon
@@ -606,24 +602,6 @@ def test_connect_back_over_ipv6(
         listen = f"[::1]:{port_of(holder)}"
         daemon = proxsmtpd({"OutAddress": server.port, "Listen": listen})
         assert daemon.connect().message(MESSAGE) == QUEUED
-
-
-def mounted(source: object, target: str) -> list[str]:
-    """The beginning of a command line that runs with `source` mounted on `target`."""
-    script = f'mount --bind "$0" {target} && exec "$@"'
-    return ["unshare", "-m", "sh", "-c", script, str(source)]
-
-
-def can_mount() -> bool:
-    """Whether a process may have a mount namespace of its own."""
-    try:
-        command = [*mounted("/etc/hosts", "/etc/hosts"), "true"]
-        return not subprocess.run(command, check=False, capture_output=True).returncode
-    except FileNotFoundError:
-        return False
-
-
-with_mounts = pytest.mark.skipif(not can_mount(), reason="cannot mount")
 
 
 @with_mounts
@@ -678,115 +656,6 @@ def test_listen_on_a_name_of_both_families(
 
 
 # --- As a daemon ---
-
-
-class Detached(NamedTuple):
-    """A proxsmtpd that has become a daemon."""
-
-    pid: int
-    address: str
-    pid_file: Path
-    result: subprocess.CompletedProcess[str]
-
-    def status(self, name: str) -> list[str]:
-        """A line of /proc/PID/status, as words."""
-        text = Path(f"/proc/{self.pid}/status").read_text()
-        line: str = re.findall(rf"^{name}:\s*(.*)$", text, re.M)[0]
-        return line.split()
-
-    def end(self, number: int = signal.SIGTERM) -> None:
-        """End it and wait until it is gone; nobody can wait for its exit status."""
-        os.kill(self.pid, number)
-        assert poll(lambda: not is_alive(self.pid)), "did not end"
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process runs (a zombie does not)."""
-    try:
-        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return words[0] != "Z"
-
-
-@pytest.fixture
-def place() -> Iterator[Path]:
-    """A directory that every user can get at (pytest's own are its user's)."""
-    path = Path(tempfile.mkdtemp(prefix="proxsmtpd-test-"))
-    path.chmod(0o755)
-    (path / "temp").mkdir()
-    (path / "temp").chmod(0o1777)
-    yield path
-    shutil.rmtree(path)
-
-
-Detach = Callable[..., Detached]
-
-
-class DetachedFactory:
-    """Starts daemons as an init script does, without -d."""
-
-    def __init__(self, place: Path, server: ScriptedServer) -> None:
-        self._place, self._server = place, server
-        self._started: list[Detached] = []
-        self._holders: list[socket.socket] = []
-
-    def __call__(
-        self,
-        settings: Mapping[str, object] | None = None,
-        *,
-        program: Sequence[str] = (),
-        **options: Any,
-    ) -> Detached:
-        """A daemon whose first process has succeeded; `options` are for `run`."""
-        values = {**self._defaults(), **(settings or {})}
-        path = self._place / f"{len(self._started)}.conf"
-        path.write_text(settings_text(values))
-        result = subprocess.run(
-            [*program, *program_under_test(), "-f", str(path)],
-            check=False,
-            **{"capture_output": True, "text": True, "timeout": PATIENCE, **options},
-        )
-        assert result.returncode == 0, result.stderr
-        pid_file = Path(str(values["PidFile"]))
-        pid = int(pid_file.read_text())
-        self._started.append(Detached(pid, str(values["Listen"]), pid_file, result))
-        assert is_listening(self._started[-1].address), "does not listen yet"
-        return self._started[-1]
-
-    def _defaults(self) -> Mapping[str, object]:
-        self._holders.append(reserve_port())
-        return {
-            "Listen": f"127.0.0.1:{port_of(self._holders[-1])}",
-            "OutAddress": self._server.address,
-            "TempDirectory": self._place / "temp",
-            "PidFile": self._place / f"{len(self._started)}.pid",
-        }
-
-    def finish(self) -> None:
-        """End all daemons that still live."""
-        for daemon in self._started:
-            if is_alive(daemon.pid):
-                daemon.end()
-        for holder in self._holders:
-            holder.close()
-        assert list((self._place / "temp").iterdir()) == []
-
-
-@pytest.fixture
-def detach(place: Path, server: ScriptedServer) -> Iterator[Detach]:
-    """A factory of daemons: settings in, and what runs afterwards out."""
-    factory = DetachedFactory(place, server)
-    yield factory
-    factory.finish()
-
-
-def send(address: str, data: bytes = MESSAGE) -> bytes:
-    """Send a message to a daemon; returns the reply to its end."""
-    with RawClient(address) as client:
-        reply = client.message(data)
-        client.quit()
-        return reply
 
 
 def test_daemon(detach: Detach) -> None:
@@ -884,16 +753,6 @@ def test_pid_file_of_the_command_line(proxsmtpd: StartDaemon, tmp_path: Path) ->
 # --- Another user ---
 
 
-def some_user() -> pwd.struct_passwd:
-    """An unprivileged user who probably has no processes."""
-    for name in ("games", "nobody"):
-        try:
-            return pwd.getpwnam(name)
-        except KeyError:
-            continue
-    pytest.skip("no unprivileged user")
-
-
 @as_root
 @pytest.mark.parametrize("by_number", [False, True])
 def test_user(by_number: bool, detach: Detach, place: Path) -> None:
@@ -983,7 +842,7 @@ def test_root_is_warned(proxsmtpd: StartDaemon) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_ended_by_a_signal(number: int, proxsmtpd: StartDaemon) -> None:
-    """Idle clients are told, whatever they have said before."""
+    """Idle clients get a 421, whatever they have sent before."""
     daemon = proxsmtpd()
     fresh, talking = daemon.connect(), daemon.connect()
     fresh.reply()
@@ -1005,7 +864,7 @@ def test_ignored_signals(number: int, proxsmtpd: StartDaemon) -> None:
         daemon.process.send_signal(number)
         client.expect(b"NOOP", b"250")
     assert client.message(MESSAGE) == QUEUED
-    assert daemon.connect().reply() == b"220 smtp.passthru ESMTP\r\n"
+    assert daemon.connect().reply() == GREETING
 
 
 @pytest.mark.parametrize("command", ["cat", None], ids=["filtered", "streamed"])
@@ -1056,7 +915,7 @@ def test_max_connections(proxsmtpd: StartDaemon) -> None:
         assert late.reply() == BUSY
         assert late.eof()
     first.quit()
-    assert poll(lambda: daemon.connect().reply() == b"220 smtp.passthru ESMTP\r\n")
+    assert poll(lambda: daemon.connect().reply() == GREETING)
 
 
 def test_max_connections_is_64(proxsmtpd: StartDaemon) -> None:
@@ -1107,7 +966,7 @@ def test_no_descriptors_left(proxsmtpd: StartDaemon) -> None:
         preexec_fn=limited(resource.RLIMIT_NOFILE, 48),
     )
     served = daemon.connect()
-    assert served.reply() == b"220 smtp.passthru ESMTP\r\n"
+    assert served.reply() == GREETING
     for _ in range(4):  # Threads race for the last descriptor: not one storm alone.
         clients = [daemon.connect() for _ in range(80)]
         served.expect(b"NOOP", b"250")
@@ -1141,7 +1000,7 @@ def test_no_threads_left(detach: Detach) -> None:
     )
     clients = [RawClient(daemon.address) for _ in range(12)]
     greetings = [client.reply() for client in clients]
-    assert greetings[0] == b"220 smtp.passthru ESMTP\r\n"
+    assert greetings[0] == GREETING
     assert re.fullmatch(rb"421 .+\r\n", greetings[-1])
     for client in clients:
         client.close()
@@ -1202,9 +1061,9 @@ def crowd(address: str, clients: int, seconds: float) -> None:
     deadline = time.monotonic() + seconds
 
     def send_some(number: int) -> None:
-        dice = random.Random(number)
+        rng = random.Random(number)
         while time.monotonic() < deadline:
-            size = dice.choice([1, 100, 10_000, 90_000, 200_000])
+            size = rng.choice([1, 100, 10_000, 90_000, 200_000])
             # Refusals and silence alike are to be expected.
             with (
                 contextlib.suppress(AssertionError, OSError),
@@ -1473,7 +1332,7 @@ def test_syslog(detach: Detach, place: Path) -> None:
 def test_message_is_answered_while_the_system_log_is_stuck(
     detach: Detach, place: Path, server: ScriptedServer
 ) -> None:
-    """A client that heard nothing would send the accepted message again."""
+    """A client without a reply would send the accepted message again."""
     with (
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as log,
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other,
@@ -1525,13 +1384,54 @@ def test_syslog_of_very_many_recipients(detach: Detach, place: Path) -> None:
     assert found == [b"%03d" % number for number in range(500)]
 
 
-def fake_devices(place: Path, log: socket.socket) -> Path:
-    """A directory for /dev, in which `log` is the system's log."""
-    devices = place / "dev"
-    devices.mkdir()
-    for name in ("null", "zero", "random", "urandom", "tty"):
-        real = os.stat(f"/dev/{name}")
-        os.mknod(devices / name, real.st_mode, real.st_rdev)
-    (devices / "fd").symlink_to("/proc/self/fd")
-    log.bind(str(devices / "log"))
-    return devices
+# --- The end of a start ---
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("is_stopped", [False, True], ids=["", "stopped"])
+def test_signal_for_the_parent_of_a_starting_daemon(
+    number: int, is_stopped: bool, config: Callable[[str], Path], server: ScriptedServer
+) -> None:
+    """The parent passes it on, and fails when its child has ended."""
+    read_end, write_end = full_pipe()
+    with reserve_port() as holder:
+        address = f"127.0.0.1:{port_of(holder)}"
+        path = config(f"Listen: {address}\nOutAddress: {server.address}\n")
+        command = [*program_under_test(), "-f", str(path), "-p/dev/stdout"]
+        mark = uuid.uuid4().hex
+        parent = subprocess.Popen(
+            command,
+            env={**os.environ, MARKER: mark},
+            stdout=write_end,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            # The child waits for a reader of its pid.
+            assert poll(lambda: len(marked_processes(mark)) == 2)
+            (child,) = marked_processes(mark).keys() - {parent.pid}
+            if is_stopped:
+                os.kill(child, signal.SIGSTOP)
+            parent.send_signal(number)
+            _, errors = parent.communicate(timeout=PATIENCE)
+            assert parent.returncode == 1
+            assert TRACEBACK not in errors
+            assert marked_processes(mark) == {}
+            assert not is_listening(address)
+        finally:
+            for pid in marked_processes(mark):
+                os.kill(pid, signal.SIGKILL)
+            parent.wait()
+            os.close(read_end)
+            os.close(write_end)
+
+
+def full_pipe() -> tuple[int, int]:
+    """A pipe's two ends; whoever writes more to it has to wait."""
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(write_end, b"x")
+    os.set_blocking(write_end, True)
+    return read_end, write_end

@@ -22,19 +22,23 @@ from subprocess import CompletedProcess
 from typing import Callable, NamedTuple, TypeVar
 
 import pytest
-from test_daemon import MESSAGE, QUEUED, Detach, DetachedFactory, as_root, send
-from test_install import PROGRAM, make
 
+from detached import Detach, DetachedFactory
 from helpers import (
     MARKER,
+    MESSAGE,
     PATIENCE,
+    QUEUED,
     MakeServer,
     StartDaemon,
+    as_root,
     poll,
     requires,
+    send,
     settings_text,
 )
 from initscripts import Machine, machine
+from install import INSTALLED, make
 from smtp import RawClient, ScriptedServer
 
 SYSTEM_PYTHON = "/usr/bin/python3"  # which other users can run as well
@@ -68,9 +72,10 @@ def on_a_machine(*needed: tuple[str, str]) -> Callable[[Test], Test]:
 class Site:
     """A machine with our program, its configurations, and a server for the mail."""
 
-    def __init__(self, host: Machine, place: Path, server: ScriptedServer) -> None:
-        self.machine, self.server = host, server
-        self.program = place / "root" / PROGRAM
+    def __init__(
+        self, host: Machine, program: Path, place: Path, server: ScriptedServer
+    ) -> None:
+        self.machine, self.program, self.server = host, program, server
         self.configurations = place / "conf"
         self.configurations.mkdir()
 
@@ -143,10 +148,17 @@ class Site:
         return False
 
 
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program as `make install` leaves it; nobody writes to it."""
+    root = tmp_path_factory.mktemp("root")
+    make("install", root, python=SYSTEM_PYTHON)
+    return root / INSTALLED
+
+
 @pytest.fixture
-def site(tmp_path: Path, make_server: MakeServer) -> Iterator[Site]:
+def site(installed: Path, tmp_path: Path, make_server: MakeServer) -> Iterator[Site]:
     """A machine on which nothing runs yet."""
-    make("install", tmp_path / "root", python=SYSTEM_PYTHON)
     with ExitStack() as at_end:
         try:
             host = at_end.enter_context(machine())
@@ -154,7 +166,7 @@ def site(tmp_path: Path, make_server: MakeServer) -> Iterator[Site]:
             pytest.skip(f"no machine can be made: {error}")
         with host.network.inside():
             server = make_server(port=SERVER_PORT)
-        yield Site(host, tmp_path, server)
+        yield Site(host, installed, tmp_path, server)
 
 
 # --- Debian's init script ---
@@ -666,3 +678,32 @@ def test_daemon_tells_its_parent_only(
     assert b"NOTIFY_SOCKET=" not in saved.read_bytes()
     daemon.end()
     assert manager.has_nothing()
+
+
+# --- status_of_proc of the LSB functions ---
+
+
+@on_a_machine(("sysvinit-utils", LSB_FUNCTIONS))
+@pytest.mark.parametrize("option", ["", "-p /run/other.pid"], ids=["", "p"])
+def test_status_of_proc(option: str, site: Site) -> None:
+    """It finds the daemon by its name and by its pid file, and that it is gone."""
+    path = site.configure("first", {"PidFile": "/run/other.pid"})
+
+    def status() -> tuple[int, str]:
+        script = f'. {LSB_FUNCTIONS}; status_of_proc {option} "$1" proxsmtpd'
+        done = site.machine.run(script, site.program)
+        said = re.match(r"proxsmtpd is (not )?running", done.stdout)
+        assert said, done
+        return done.returncode, said[0]
+
+    stopped = 3, "proxsmtpd is not running"
+    assert status() == stopped
+    site.machine.output('"$1" -f "$2"', site.program, path)
+    assert status() == (0, "proxsmtpd is running")
+    site.machine.output("kill $(cat /run/other.pid)")
+    assert poll(lambda: not site.processes())
+    assert status() == stopped
+    site.machine.output('"$1" -f "$2"', site.program, path)
+    site.kill()
+    # 1 stands for "dead, and its pid file exists", in the LSB.
+    assert status() == ((1, stopped[1]) if option else stopped)

@@ -15,17 +15,14 @@ from typing import Callable
 
 import pytest
 
-from helpers import StartDaemon, requires
+from helpers import ROOT, StartDaemon, requires
+from install import INSTALLED, make
 
-ROOT = Path(__file__).resolve().parents[2]
-PROGRAM = "usr/sbin/proxsmtpd"
 MAN8 = "usr/share/man/man8/proxsmtpd.8"
 MAN5 = "usr/share/man/man5/proxsmtpd.conf.5"
 SAMPLE = "etc/proxsmtpd.conf.sample"
 CONFIG = "etc/proxsmtpd.conf"
 
-
-WHERE_DEBIAN_HAS_IT = ("PREFIX=/usr", "SYSCONFDIR=/etc")
 
 FORMATTERS = [
     pytest.param(
@@ -44,34 +41,6 @@ NO_HOME = {
     "nowhere": ["env", "HOME=/nonexistent/home"],
     "not a directory": ["env", "HOME=/etc/passwd"],
 }
-
-
-def make(
-    target: str,
-    place: Path,
-    umask: int = 0o022,
-    python: str = sys.executable,
-    where: Sequence[str] = WHERE_DEBIAN_HAS_IT,
-    path: Path | None = None,
-) -> None:
-    """Run make for a target; `path` has programs to be found before the system's."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
-    if path is not None:
-        environment["PATH"] = f"{path}:{environment['PATH']}"
-    subprocess.run(
-        [
-            "make",
-            target,
-            f"DESTDIR={place}",
-            *where,
-            f"PYTHON={python}",
-        ],
-        cwd=ROOT,
-        env=environment,
-        umask=umask,
-        check=True,
-        capture_output=True,
-    )
 
 
 def fails(
@@ -150,7 +119,7 @@ def test_fault_leaves_the_old_program(
     broken.write_text(f"#!/bin/sh\n{script}\n")
     broken.chmod(0o755)
     before = {path: (place / path).read_bytes() for path in files(place)}
-    assert f"not installed: {place / PROGRAM}\n" in fails(place, path=broken.parent)
+    assert f"not installed: {place / INSTALLED}\n" in fails(place, path=broken.parent)
     assert {path: (place / path).read_bytes() for path in files(place)} == before
 
 
@@ -165,7 +134,7 @@ def test_fault_of_a_later_file_leaves_the_old_one(
     before = (place / MAN8).read_bytes()
     assert f"not installed: {place / MAN8}\n" in fails(place, path=broken.parent)
     assert (place / MAN8).read_bytes() == before
-    assert set(files(place)) == {PROGRAM, MAN8, MAN5, SAMPLE, CONFIG}
+    assert set(files(place)) == {INSTALLED, MAN8, MAN5, SAMPLE, CONFIG}
 
 
 @pytest.mark.parametrize("directory", ["a blank", "a\ttab", "x" * 250])
@@ -183,7 +152,7 @@ def test_interpreter_that_no_first_line_can_name(
 def test_interpreter_that_sed_would_misread(name: str, tmp_path: Path) -> None:
     python = interpreter(tmp_path / name / "python3")
     make("install", tmp_path / "root", python=python)
-    program = tmp_path / "root" / PROGRAM
+    program = tmp_path / "root" / INSTALLED
     assert program.read_text().splitlines()[0] == f"#!{python} -IS"
     subprocess.run([program, "-v"], capture_output=True, check=True)
 
@@ -194,9 +163,9 @@ def test_interpreter_that_cannot_run_the_program(tmp_path: Path) -> None:
     root = tmp_path / "root"
     with suppress(subprocess.CalledProcessError):
         make("install", root, python=python)
-    assert set(files(root)) in (set(), {PROGRAM, MAN8, MAN5, SAMPLE, CONFIG})
+    assert set(files(root)) in (set(), {INSTALLED, MAN8, MAN5, SAMPLE, CONFIG})
     if files(root):
-        subprocess.run([root / PROGRAM, "-v"], capture_output=True, check=True)
+        subprocess.run([root / INSTALLED, "-v"], capture_output=True, check=True)
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])
@@ -205,7 +174,7 @@ def test_files_and_modes(umask: int, tmp_path: Path) -> None:
     root.mkdir()
     make("install", root, umask)
     assert files(root) == {
-        PROGRAM: 0o755,
+        INSTALLED: 0o755,
         MAN8: 0o644,
         MAN5: 0o644,
         SAMPLE: 0o644,
@@ -220,7 +189,7 @@ def test_default_places(tmp_path: Path) -> None:
     make("install", root, where=())
     assert set(files(root)) == {
         f"usr/local/{name.removeprefix('usr/')}"
-        for name in (PROGRAM, MAN8, MAN5, SAMPLE, CONFIG)
+        for name in (INSTALLED, MAN8, MAN5, SAMPLE, CONFIG)
     }
     program = (root / "usr/local/sbin/proxsmtpd").read_text()
     assert 'CONFIG_FILE = "/usr/local/etc/proxsmtpd.conf"\n' in program
@@ -229,20 +198,20 @@ def test_default_places(tmp_path: Path) -> None:
 
 
 def test_first_line_names_the_interpreter_itself(place: Path) -> None:
-    first = (place / PROGRAM).read_text().splitlines()[0]
+    first = (place / INSTALLED).read_text().splitlines()[0]
     assert first == f"#!{sys.executable} -IS"
 
 
 def test_program_is_the_same_but_for_two_lines(place: Path) -> None:
     ours = (ROOT / "proxsmtpd.py").read_text().splitlines()
-    installed = (place / PROGRAM).read_text().splitlines()
+    installed = (place / INSTALLED).read_text().splitlines()
     assert len(installed) == len(ours)
     changed = {new for old, new in zip(ours, installed) if old != new}
     assert changed == {installed[0], 'CONFIG_FILE = "/etc/proxsmtpd.conf"'}
 
 
 def test_configuration_path_is_in_program_and_manuals(place: Path) -> None:
-    result = subprocess.run([place / PROGRAM, "-v"], capture_output=True, check=True)
+    result = subprocess.run([place / INSTALLED, "-v"], capture_output=True, check=True)
     assert result.stdout.splitlines()[1].strip() == b"(config: /etc/proxsmtpd.conf)"
     for manual in (MAN8, MAN5):
         text = (place / manual).read_text()
@@ -276,7 +245,7 @@ def test_manuals_are_rendered(
 def test_runs_isolated_and_without_a_home(
     environment: Sequence[str], place: Path, proxsmtpd: StartDaemon
 ) -> None:
-    program = [*environment, sys.executable, "-I", str(place / PROGRAM)]
+    program = [*environment, sys.executable, "-I", str(place / INSTALLED)]
     daemon = proxsmtpd({"FilterCommand": "cat"}, program=program)
     reply = daemon.connect().message(b"Subject: Hello\r\n\r\nHello\r\n")
     assert reply == b"250 2.0.0 Ok: queued\r\n"
@@ -285,16 +254,16 @@ def test_runs_isolated_and_without_a_home(
 
 def test_process_has_the_programs_name(place: Path, proxsmtpd: StartDaemon) -> None:
     """As ps, pgrep -x and killproc need it."""
-    daemon = proxsmtpd(program=[str(place / PROGRAM)])
+    daemon = proxsmtpd(program=[str(place / INSTALLED)])
     assert Path(f"/proc/{daemon.process.pid}/comm").read_text() == "proxsmtpd\n"
 
 
 def test_nothing_of_the_environment_gets_in(place: Path, tmp_path: Path) -> None:
     """No module of somebody else's, by PYTHONPATH or beside the program."""
-    for directory in (tmp_path, (place / PROGRAM).parent):
+    for directory in (tmp_path, (place / INSTALLED).parent):
         (directory / "socket.py").write_text("raise SystemExit('taken over')\n")
     env = {"PYTHONPATH": str(tmp_path)}
-    subprocess.run([place / PROGRAM, "-v"], env=env, cwd=tmp_path, check=True)
+    subprocess.run([place / INSTALLED, "-v"], env=env, cwd=tmp_path, check=True)
 
 
 def test_sample_becomes_the_first_configuration(place: Path) -> None:
@@ -312,3 +281,19 @@ def test_configuration_that_is_there_stays(place: Path) -> None:
 def test_uninstall_leaves_the_configuration_only(place: Path) -> None:
     make("uninstall", place)
     assert files(place) == {CONFIG: 0o644}
+
+
+@pytest.mark.parametrize("target", ["install", "uninstall", "check"])
+@pytest.mark.parametrize(
+    "name", ["DESTDIR", "PREFIX", "SBINDIR", "SYSCONFDIR", "MANDIR", "PYTHON"]
+)
+def test_quote_that_the_shell_would_misread(
+    name: str, target: str, tmp_path: Path
+) -> None:
+    value = f"{tmp_path}/it's"
+    python = value if name == "PYTHON" else sys.executable
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        make(target, tmp_path / "root", python=python, where=[f"{name}={value}"])
+    first = failed.value.stderr.decode().splitlines()[0]
+    assert first == f"{name} must not contain a single quote: {value}"
+    assert list(tmp_path.iterdir()) == []

@@ -1,7 +1,8 @@
-"""A filter's process by itself, where the system or the filter plays tricks."""
+"""A filter's process by itself, where the system or the filter misbehaves."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
@@ -20,36 +21,36 @@ import proxsmtpd as program
 from helpers import poll, port_of, reserve_port
 from proxsmtpd import (
     FilterFailure,
-    Filtering,
     FilterRun,
     KeepAlive,
     Log,
     Processors,
     Spawn,
+    Transaction,
     UnlockedSpawn,
 )
 
 NO_KEEP_ALIVE = KeepAlive(0, lambda: None)
 
 
-class Said(list[str]):
-    """A log, and what was said in it."""
+class LogLines(list[str]):
+    """A log, and the lines that were written to it."""
 
     def __init__(self) -> None:
         self.log = Log(program.DEBUG, lambda _level, text: self.append(text))
 
 
 @pytest.fixture
-def said() -> Said:
-    return Said()
+def log_lines() -> LogLines:
+    return LogLines()
 
 
 @pytest.fixture
-def process(said: Said) -> FilterRun:
+def process(log_lines: LogLines) -> FilterRun:
     """A filter's process that has not been started."""
     config, _ = program.parse_config(b"OutAddress: 25\n", "")
-    shared = program.share(config, said.log, {}, Processors(wanted=False))
-    return FilterRun(shared, said.log)
+    shared = program.Shared(config, log_lines.log, {}, Processors(wanted=False))
+    return FilterRun(shared, log_lines.log)
 
 
 def is_there(pid: int) -> bool:
@@ -72,7 +73,7 @@ def immune(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("immune")
-def test_filter_that_cannot_be_ended(process: FilterRun, said: Said) -> None:
+def test_filter_that_cannot_be_ended(process: FilterRun, log_lines: LogLines) -> None:
     """It holds up neither the client nor the daemon, and is reaped at its end."""
     begin = time.monotonic()
     process.start("sleep 5", os.environb, 1)
@@ -80,7 +81,7 @@ def test_filter_that_cannot_be_ended(process: FilterRun, said: Said) -> None:
     with pytest.raises(FilterFailure, match="timeout"), process:
         process.finish(NO_KEEP_ALIVE)
     assert time.monotonic() - begin < 4.5
-    assert said[-1] == f"filter process cannot be ended (pid {pid})"
+    assert log_lines[-1] == f"couldn't kill filter process (pid {pid})"
     process.send_signal(signal.SIGTERM)  # as the daemon's end does
     assert is_there(pid)
     assert poll(lambda: not is_there(pid))
@@ -103,7 +104,8 @@ def test_daemon_that_ends_waits_for_no_lock(process: FilterRun) -> None:
 
 def test_filter_that_is_told_to_end_before_it_starts(process: FilterRun) -> None:
     """It never does, since nobody would end it any more."""
-    process.send_signal(signal.SIGKILL)
+    with process._shared.shutdown.listed(process):
+        process._shared.shutdown.kill()
     with pytest.raises(FilterFailure, match="the daemon ends"), process:
         process.start("sleep 60", os.environb, 5)
     with pytest.raises(ChildProcessError):
@@ -117,24 +119,25 @@ def test_filter_that_is_told_to_end_at_its_end(
     """Whether the signal was still in time, nobody can know."""
     process.start(command, os.environb, 5)
     assert poll(lambda: process._pid not in program.live_groups())
-    process.send_signal(signal.SIGTERM)
+    with process._shared.shutdown.listed(process):
+        process._shared.shutdown.stop()
     with pytest.raises(FilterFailure, match="the daemon ends"), process:
         process.finish(NO_KEEP_ALIVE)
 
 
 def test_filter_that_would_start_when_all_are_ended(process: FilterRun) -> None:
-    filters = program.RunningFilters()
-    filters.end_all(signal.SIGTERM)
+    shutdown = program.Shutdown()
+    shutdown.stop()
     with pytest.raises(FilterFailure, match="the daemon ends"):
-        filters.listed(process).__enter__()
+        shutdown.listed(process).__enter__()
 
 
 def test_filters_that_are_not_running_any_more(process: FilterRun) -> None:
     """They are forgotten, and nobody sends them a signal."""
-    filters = program.RunningFilters()
-    with filters.listed(process):
+    shutdown = program.Shutdown()
+    with shutdown.listed(process):
         pass
-    filters.end_all(signal.SIGTERM)
+    shutdown.stop()
     with process:
         process.start("true", os.environb, 5)
         assert process.finish(NO_KEEP_ALIVE) == (0, b"")
@@ -178,10 +181,10 @@ def test_what_a_program_is_started_with(
     assert program.wait_for_exit(spawn(b"/bin/sh", words, environment, files)) == 0
     assert (tmp_path / "err").read_text() == "error\n"
     begin = b"to be read\nzero\n\xe4 b\n\na=b\n\xff\n"
-    said = (tmp_path / "out").read_bytes()
-    assert said.startswith(begin)
+    written = (tmp_path / "out").read_bytes()
+    assert written.startswith(begin)
     # The second variable has two lines; a shell adds PWD, and some more.
-    assert int(said.removeprefix(begin)) >= 3
+    assert int(written.removeprefix(begin)) >= 3
 
 
 def test_process_that_a_program_is_started_as(
@@ -305,22 +308,22 @@ def test_no_descriptor_to_watch_a_process(
 
 
 def test_file_that_cannot_be_removed(
-    said: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    log_lines: LogLines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What became of the message stands all the same."""
     config, errors = program.parse_config(
         b"OutAddress: 25\nFilterType: file\nTempDirectory: %s\n" % bytes(tmp_path), ""
     )
     assert errors == []
-    shared = program.share(config, said.log, {}, Processors(wanted=False))
+    shared = program.Shared(config, log_lines.log, {}, Processors(wanted=False))
 
     def read_only(*_arguments: Any) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    with Filtering(shared, said.log) as filtering:
-        filtering.receive(iter([b"Hello\r\n"]))
+    with contextlib.closing(Transaction(shared, log_lines.log, {})) as transaction:
+        transaction.receive(iter([b"Hello\r\n"]))
         monkeypatch.setattr(os, "unlink", read_only)
-    assert said[-1] == "couldn't remove cache file: Read-only file system"
+    assert log_lines[-1] == "couldn't remove cache file: Read-only file system"
 
 
 def test_limit_of_descriptors_that_the_system_does_not_take(
@@ -344,7 +347,7 @@ def test_limit_of_descriptors_that_the_system_does_not_take(
 
 @pytest.mark.parametrize("host", ["[::1]", "[::]"])
 def test_ipv6_where_a_socket_cannot_serve_ipv4(
-    host: str, said: Said, monkeypatch: pytest.MonkeyPatch
+    host: str, log_lines: LogLines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """OpenBSD refuses the very question."""
     set_option = socket.socket.setsockopt
@@ -361,9 +364,9 @@ def test_ipv6_where_a_socket_cannot_serve_ipv4(
             f"OutAddress: 25\nListen: {listen}\n".encode(), ""
         )
         assert errors == []
-        shared = program.share(config, said.log, {}, Processors(wanted=False))
-        with program.Server(shared, program.Signals()).socket:
-            assert said == [f"created socket: {listen}"]
+        shared = program.Shared(config, log_lines.log, {}, Processors(wanted=False))
+        with program.Listener(shared, program.Signals()).socket:
+            assert log_lines == [f"created socket: {listen}"]
 
 
 def test_pid_file_where_nobody_may_make_one(
@@ -383,7 +386,7 @@ def test_pid_file_where_nobody_may_make_one(
 
 
 def test_privileges_that_can_be_had_again(
-    said: Said, monkeypatch: pytest.MonkeyPatch
+    log_lines: LogLines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the system says of the change of user, that is looked at."""
 
@@ -395,4 +398,4 @@ def test_privileges_that_can_be_had_again(
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     config, _ = program.parse_config(b"OutAddress: 25\nUser: nobody\n", "")
     with pytest.raises(program.SystemRefused, match="completely drop privileges"):
-        program.drop_privileges(config, said.log)
+        program.drop_privileges(config, log_lines.log)

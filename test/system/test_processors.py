@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from helpers import PROGRAM, Daemon, MakeFilter, StartDaemon, poll
+from helpers import PROGRAM, QUEUED, Daemon, MakeFilter, StartDaemon, poll
 
 PROCESSORS = os.sched_getaffinity(0) if sys.platform == "linux" else {0}
-QUEUED = b"250 2.0.0 Ok: queued\r\n"
 
 pytestmark = pytest.mark.skipif(len(PROCESSORS) < 2, reason="needs two processors")
 
@@ -57,7 +56,7 @@ def test_off(proxsmtpd: StartDaemon) -> None:
     assert placed(daemon) == {frozenset(PROCESSORS)}
 
 
-# What the others use is told here: on a busy machine they cannot be arranged.
+# The test says what the others use: on a busy machine they cannot be arranged.
 MOVES = """
 import os, sys, threading, proxsmtpd
 first, second = sorted(os.sched_getaffinity(0))[:2]

@@ -18,49 +18,43 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 import pytest
-import test_daemon
-from test_daemon import (
-    Detach,
-    as_root,
-    fake_devices,
-    mounted,
-    some_user,
-    with_mounts,
-)
 
 import proxsmtpd as program
+from detached import Detach
 from helpers import (
+    LOCAL_ERROR,
     MARKER,
+    MESSAGE,
     PATIENCE,
+    QUEUED,
+    STALE_ENVIRONMENT,
     Daemon,
     MakeServer,
     StartDaemon,
+    as_root,
+    fake_devices,
+    mounted,
+    open_files,
     poll,
     port_of,
     program_under_test,
     reserve_port,
+    run,
+    some_user,
+    with_mounts,
 )
 from smtp import Action, Close, Handler, RawClient, ScriptedServer
 
-place, detach = test_daemon.place, test_daemon.detach  # fixtures
-
-MESSAGE = b"Subject: test\r\n\r\nHello\r\n"
-QUEUED = b"250 2.0.0 Ok: queued\r\n"
-LOCAL_ERROR = b"451 Local Error\r\n"
 SECRET = b"nobody else's business\n"
 
 
 # --- Temporary files ---
 
 
-def open_files(pid: int, directory: Path) -> list[Path]:
+def descriptors_in(pid: int, directory: Path) -> list[Path]:
     """The descriptors of a process, in /proc, for files in a directory."""
-    found = []
-    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
-            if os.readlink(descriptor).startswith(f"{directory}/"):
-                found.append(descriptor)
-    return found
+    files = open_files(pid).items()
+    return [path for path, name in files if name.startswith(f"{directory}/")]
 
 
 def test_spooled_mail_has_no_name(proxsmtpd: StartDaemon) -> None:
@@ -71,9 +65,11 @@ def test_spooled_mail_has_no_name(proxsmtpd: StartDaemon) -> None:
     client.expect(b"DATA", b"354")
     client.send(b"0123456789abcde\r\n" * 180_000)
     pid = daemon.process.pid
-    assert poll(lambda: open_files(pid, daemon.tempdir)), "the mail is not in a file"
+    assert poll(lambda: descriptors_in(pid, daemon.tempdir)), (
+        "the mail is not in a file"
+    )
     assert list(daemon.tempdir.iterdir()) == []
-    (spool,) = open_files(pid, daemon.tempdir)
+    (spool,) = descriptors_in(pid, daemon.tempdir)
     status = spool.stat()
     assert stat.S_ISREG(status.st_mode)
     assert stat.S_IMODE(status.st_mode) == 0o600
@@ -82,7 +78,7 @@ def test_spooled_mail_has_no_name(proxsmtpd: StartDaemon) -> None:
     flags = int(re.findall(r"^flags:\s*(\d+)$", info, re.M)[0], 8)
     assert flags & os.O_CLOEXEC
     assert client.command(b".") == QUEUED
-    assert open_files(pid, daemon.tempdir) == []
+    assert descriptors_in(pid, daemon.tempdir) == []
 
 
 def test_names_of_files_for_filters(proxsmtpd: StartDaemon, tmp_path: Path) -> None:
@@ -104,22 +100,22 @@ def test_names_of_files_for_filters(proxsmtpd: StartDaemon, tmp_path: Path) -> N
     assert len({end[:4] for end in ends}) > 15
 
 
-class Trap(NamedTuple):
+class Target(NamedTuple):
     """A place where a file of ours is expected, and what must stay as it is."""
 
     path: Path
-    victim: Path
+    untouched: Path
     absent: Path
 
     def check(self) -> None:
         """See that nobody has walked into it."""
-        assert self.victim.read_bytes() == SECRET
-        assert stat.S_IMODE(self.victim.stat().st_mode) == 0o640
+        assert self.untouched.read_bytes() == SECRET
+        assert stat.S_IMODE(self.untouched.stat().st_mode) == 0o640
         assert not self.absent.exists()
 
     def hard_link(self) -> None:
-        """Plant another name of the victim."""
-        os.link(self.victim, self.path)
+        """Plant another name of the file that must stay as it is."""
+        os.link(self.untouched, self.path)
 
     def clear(self) -> None:
         """Take away what was planted."""
@@ -130,51 +126,56 @@ class Trap(NamedTuple):
 
 
 @pytest.fixture
-def trap(place: Path) -> Trap:
-    """A directory like /tmp, and a victim beside it."""
-    victim = place / "victim"
-    victim.write_bytes(SECRET)
-    victim.chmod(0o640)
-    return Trap(place / "temp" / "file", victim, place / "absent")
+def target(place: Path) -> Target:
+    """A directory like /tmp, and a file beside it that must stay as it is."""
+    untouched = place / "untouched"
+    untouched.write_bytes(SECRET)
+    untouched.chmod(0o640)
+    return Target(place / "temp" / "file", untouched, place / "absent")
 
 
-Plant = Callable[[Trap], object]
+Plant = Callable[[Target], object]
 PLANT: Mapping[str, Plant] = {
-    "link": lambda trap: trap.path.symlink_to(trap.victim),
-    "dangling link": lambda trap: trap.path.symlink_to(trap.absent),
-    "link to itself": lambda trap: trap.path.symlink_to(trap.path),
-    "hard link": lambda trap: trap.hard_link(),
-    "file": lambda trap: trap.path.write_bytes(b"planted, and longer than a number\n"),
-    "fifo": lambda trap: os.mkfifo(trap.path),
+    "link": lambda target: target.path.symlink_to(target.untouched),
+    "dangling link": lambda target: target.path.symlink_to(target.absent),
+    "link to itself": lambda target: target.path.symlink_to(target.path),
+    "hard link": lambda target: target.hard_link(),
+    "file": lambda target: target.path.write_bytes(
+        b"planted, and longer than a number\n"
+    ),
+    "fifo": lambda target: os.mkfifo(target.path),
 }
-PLANT_MORE: Mapping[str, Plant] = {**PLANT, "directory": lambda trap: trap.path.mkdir()}
+PLANT_MORE: Mapping[str, Plant] = {
+    **PLANT,
+    "directory": lambda target: target.path.mkdir(),
+}
 
 
-def planted(trap: Trap, what: str) -> None:
+def planted(target: Target, what: str) -> None:
     """Plant something, as another user where we are root."""
-    PLANT_MORE[what](trap)
+    PLANT_MORE[what](target)
     if os.geteuid() == 0:
         user = some_user()
-        os.chown(trap.path, user.pw_uid, user.pw_gid, follow_symlinks=False)
-        os.chown(trap.victim, 0, 0)  # a hard link's other name
+        os.chown(target.path, user.pw_uid, user.pw_gid, follow_symlinks=False)
+        os.chown(target.untouched, 0, 0)  # a hard link's other name
 
 
 @pytest.mark.parametrize("unnamed", [False, True])
 @pytest.mark.parametrize("what", PLANT_MORE)
 def test_planted_temporary_file(
-    what: str, unnamed: bool, trap: Trap, monkeypatch: pytest.MonkeyPatch
+    what: str, unnamed: bool, target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever has the name already: it is left alone, and another name is taken."""
-    directory = os.fsencode(trap.path.parent)
+    directory = os.fsencode(target.path.parent)
     randoms = iter([b"\xaa" * 6, b"\xaa" * 6, b"\xbb" * 6])
     monkeypatch.setattr(os, "urandom", lambda _size: next(randoms))
-    trap = trap._replace(path=trap.path.with_name("proxsmtpd." + "aa" * 6))
-    planted(trap, what)
-    before = trap.path.lstat()
+    target = target._replace(path=target.path.with_name("proxsmtpd." + "aa" * 6))
+    planted(target, what)
+    before = target.path.lstat()
     if unnamed:
         monkeypatch.delattr(os, "O_TMPFILE", raising=False)
         descriptor = program.create_unnamed_file(directory)
-        assert os.listdir(directory) == [os.fsencode(trap.path.name)]
+        assert os.listdir(directory) == [os.fsencode(target.path.name)]
     else:
         descriptor, path = program.create_file(directory)
         assert path == directory + b"/proxsmtpd." + b"bb" * 6
@@ -183,10 +184,10 @@ def test_planted_temporary_file(
     os.write(descriptor, b"mail")
     os.close(descriptor)
     assert stat.S_IMODE(status.st_mode) == 0o600
-    after = trap.path.lstat()
+    after = target.path.lstat()
     assert (after.st_ino, after.st_size) == (before.st_ino, before.st_size)
-    trap.check()
-    trap.clear()
+    target.check()
+    target.clear()
 
 
 # --- What a filter leaves at EMAIL ---
@@ -248,85 +249,86 @@ def test_file_filter_leaves_no_file(
 # --- The pid file ---
 
 
-@as_root
 @pytest.mark.parametrize("what", PLANT)
-def test_planted_pid_file(what: str, trap: Trap, proxsmtpd: StartDaemon) -> None:
+def test_planted_pid_file(what: str, target: Target, proxsmtpd: StartDaemon) -> None:
     """It is replaced by one of ours, in a directory where all may write."""
-    planted(trap, what)
-    if what == "fifo":  # root's own would be written to
-        os.chown(trap.path, some_user().pw_uid, -1)
-    daemon = proxsmtpd({"PidFile": trap.path}, level=1)
-    status = trap.path.lstat()
+    planted(target, what)
+    if what == "fifo":  # our own would be written to
+        if os.geteuid() != 0:
+            pytest.skip("needs root")
+        os.chown(target.path, some_user().pw_uid, -1)
+    daemon = proxsmtpd({"PidFile": target.path})
+    status = target.path.lstat()
     assert stat.S_ISREG(status.st_mode)
     assert stat.S_IMODE(status.st_mode) == 0o644
     assert (status.st_uid, status.st_nlink) == (os.geteuid(), 1)
-    assert trap.path.read_text() == f"{daemon.process.pid}\n"
-    trap.check()
+    assert target.path.read_text() == f"{daemon.process.pid}\n"
+    target.check()
     assert daemon.stop() == 0
-    trap.check()
-    assert list(trap.path.parent.iterdir()) == []
+    target.check()
+    assert list(target.path.parent.iterdir()) == []
 
 
 def test_directory_in_place_of_the_pid_file(
-    trap: Trap, place: Path, server: ScriptedServer
+    target: Target, place: Path, server: ScriptedServer
 ) -> None:
-    planted(trap, "directory")
+    planted(target, "directory")
     with reserve_port() as holder:
         config = place / "conf"
         listen = f"127.0.0.1:{port_of(holder)}"
         config.write_text(f"OutAddress: {server.address}\nListen: {listen}\n")
-        result = test_daemon.run("-f", config, "-p", trap.path)
+        result = run("-f", config, "-p", target.path)
     assert result.returncode == 1
-    assert f"couldn't open pid file: {trap.path}: " in result.stderr
-    assert list(trap.path.parent.iterdir()) == [trap.path]
-    trap.path.rmdir()
+    assert f"couldn't open pid file: {target.path}: " in result.stderr
+    assert list(target.path.parent.iterdir()) == [target.path]
+    target.path.rmdir()
 
 
 @pytest.mark.parametrize("what", PLANT)
-def test_planted_beside_the_pid_file(what: str, trap: Trap) -> None:
+def test_planted_beside_the_pid_file(what: str, target: Target) -> None:
     """Where the new file is written before it is renamed; the name is no secret."""
-    beside = trap.path.with_name(f"file.{os.getpid()}")
-    planted(trap._replace(path=beside), what)
-    pid_file = program.PidFile(str(trap.path))
+    beside = target.path.with_name(f"file.{os.getpid()}")
+    planted(target._replace(path=beside), what)
+    pid_file = program.PidFile(str(target.path))
     pid_file.write()
-    assert trap.path.read_text() == f"{os.getpid()}\n"
-    assert list(trap.path.parent.iterdir()) == [trap.path]
-    trap.check()
+    assert target.path.read_text() == f"{os.getpid()}\n"
+    assert list(target.path.parent.iterdir()) == [target.path]
+    target.check()
     pid_file.remove()
-    assert list(trap.path.parent.iterdir()) == []
+    assert list(target.path.parent.iterdir()) == []
 
 
 @as_root
 @pytest.mark.parametrize("what", ["link", "dangling link", "link to itself", "fifo"])
-def test_pid_file_of_a_user(what: str, trap: Trap) -> None:
+def test_pid_file_of_a_user(what: str, target: Target) -> None:
     """One who may not remove what is planted does not follow it either."""
     user = some_user()
-    PLANT[what](trap)  # as root: what is his, a sticky directory keeps
-    os.chown(trap.victim, user.pw_uid, user.pw_gid)
-    trap.absent.parent.chmod(0o777)
+    PLANT[what](target)  # as root: what is his, a sticky directory keeps
+    os.chown(target.untouched, user.pw_uid, user.pw_gid)
+    target.absent.parent.chmod(0o777)
     os.seteuid(user.pw_uid)
     try:
         with pytest.raises(OSError, match=r"Permission denied|symbolic links"):
-            program.PidFile(str(trap.path)).write()
+            program.PidFile(str(target.path)).write()
     finally:
         os.seteuid(0)
-    trap.check()
-    assert list(trap.path.parent.iterdir()) == [trap.path]
-    trap.clear()
+    target.check()
+    assert list(target.path.parent.iterdir()) == [target.path]
+    target.clear()
 
 
 @pytest.mark.parametrize("what", PLANT_MORE)
-def test_pid_file_exchanged(what: str, trap: Trap, proxsmtpd: StartDaemon) -> None:
+def test_pid_file_exchanged(what: str, target: Target, proxsmtpd: StartDaemon) -> None:
     """At its end the daemon leaves alone what is not its own, and does end."""
-    daemon = proxsmtpd({"PidFile": trap.path}, level=1)
-    trap.path.unlink()
-    planted(trap, what)
-    before = trap.path.lstat()
+    daemon = proxsmtpd({"PidFile": target.path})
+    target.path.unlink()
+    planted(target, what)
+    before = target.path.lstat()
     assert daemon.stop(timeout=4) == 0
-    trap.check()
-    after = trap.path.lstat()
+    target.check()
+    after = target.path.lstat()
     assert (after.st_ino, after.st_size) == (before.st_ino, before.st_size)
-    trap.clear()
+    target.clear()
 
 
 # --- Privileges ---
@@ -334,21 +336,21 @@ def test_pid_file_exchanged(what: str, trap: Trap, proxsmtpd: StartDaemon) -> No
 
 @as_root
 def test_listening_socket_exchanged(
-    trap: Trap, monkeypatch: pytest.MonkeyPatch
+    target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The socket's owner is changed as root: a link in its place is not followed."""
-    planted(trap, "link")
+    planted(target, "link")
     for name in ("initgroups", "setgid", "setuid"):
         monkeypatch.setattr(os, name, lambda *_: None)
     monkeypatch.setattr(program, "_can_be_root", lambda: False)
     config = program.default_config()
     config.user = some_user().pw_name
-    config.listen = program.Address.parse(str(trap.path), 10025)
+    config.listen = program.Address.parse(str(target.path), 10025)
     # Whether it refuses to go on, or changes the link's owner, is all the same.
     with contextlib.suppress(program.SystemRefused):
         program.drop_privileges(config, program.Log(0))
-    assert trap.victim.stat().st_uid == 0
-    trap.path.unlink()
+    assert target.untouched.stat().st_uid == 0
+    target.path.unlink()
 
 
 IDENTITY = ("Uid", "Gid", "Groups", "CapPrm", "CapEff", "CapAmb")
@@ -522,7 +524,7 @@ QUIT
 
 
 def drain(daemon: Daemon) -> None:
-    """Send a whole message without listening, then hear what there is."""
+    """Send a whole message without reading, then read all replies."""
     with RawClient(daemon.address) as client:
         with contextlib.suppress(ConnectionError):
             client.send(DIALOGUE)
@@ -610,7 +612,7 @@ class Exchange(NamedTuple):
     auth: bytes
     answers: Sequence[Action] = (b"235 2.7.0 Yes\r\n",)
 
-    def play(self, client: RawClient) -> None:
+    def run(self, client: RawClient) -> None:
         """The client's side, from the greeting to its end."""
         client.reply()
         for octets in self.writes:
@@ -651,7 +653,7 @@ EXCHANGES = {
     "answer like a command": Exchange(
         [b"AUTH LOGIN", b"NOOP " + USER], CHALLENGE, [REFUSED]
     ),
-    "answer nobody hears": Exchange([b"AUTH LOGIN", USER], CHALLENGE, [Close()]),
+    "answer nobody reads": Exchange([b"AUTH LOGIN", USER], CHALLENGE, [Close()]),
     "server goes": Exchange(
         [b"AUTH LOGIN", USER], CHALLENGE, [Close(b"421 4.3.2 Going\r\n")]
     ),
@@ -675,7 +677,7 @@ def test_secrets_are_not_logged(
         server.script["AUTH"] = exchange.auth
         server.script["334"] = in_turn(exchange.answers)
         with RawClient(daemon.address) as client:
-            exchange.play(client)
+            exchange.run(client)
     # The last octets of a client that leaves, or ends its lines otherwise.
     server.script["AUTH"], server.script["334"] = CHALLENGE, REFUSED
     for rest in (USER, USER + b"\r", USER + b"\n"):
@@ -695,8 +697,6 @@ def test_secrets_are_not_logged(
 
 # --- What the filter inherits ---
 
-GIVEN = ("CLIENT", "SERVER", "SENDER", "RECIPIENTS", "REMOTE", "REMOTE_HELO")
-STALE = dict.fromkeys((*GIVEN, "EMAIL", "TMPDIR"), "stale")
 # A shell's own doing.
 SHELLS = {b"PWD", b"OLDPWD", b"SHLVL", b"_"}
 
@@ -711,7 +711,9 @@ def test_whole_environment(proxsmtpd: StartDaemon, tmp_path: Path) -> None:
     """What the daemon was started with, and our variables in place of stale ones."""
     saved = tmp_path / "environ"
     plain = {"PATH": os.environ["PATH"], "ODD": "a=b\nc\udcff", "EMPTY": ""}
-    given = [f"{name}={value}" for name, value in {**plain, **STALE}.items()]
+    given = [
+        f"{name}={value}" for name, value in {**plain, **STALE_ENVIRONMENT}.items()
+    ]
     keep_mark = f'exec env -i {MARKER}="${MARKER}" "$@"'
     daemon = proxsmtpd(
         {"FilterCommand": f"cat /proc/self/environ > {saved}; cat"},
@@ -740,7 +742,7 @@ def test_what_has_no_value_is_unset(
         "Listen": tmp_path / "client",
         "FilterCommand": f"cat /proc/self/environ > {saved}; cat",
     }
-    daemon = proxsmtpd(settings, server=server, env=STALE)
+    daemon = proxsmtpd(settings, server=server, env=STALE_ENVIRONMENT)
     assert daemon.connect().message(MESSAGE) == QUEUED
     seen = environment(saved)
     assert not {b"CLIENT", b"SERVER", b"REMOTE", b"REMOTE_HELO", b"EMAIL"} & set(seen)
@@ -760,7 +762,7 @@ def test_nothing_of_the_last_message(proxsmtpd: StartDaemon, tmp_path: Path) -> 
     """REMOTE and REMOTE_HELO are one mail transaction's; the null sender is said."""
     saved = tmp_path / "environ"
     command = f"cat /proc/self/environ > {saved}; cat"
-    daemon = proxsmtpd({"FilterCommand": command}, env=STALE)
+    daemon = proxsmtpd({"FilterCommand": command}, env=STALE_ENVIRONMENT)
     for between in BETWEEN:
         client = daemon.connect()
         client.start()
@@ -813,7 +815,9 @@ def test_no_descriptor_is_inherited(
     other.expect(b"DATA", b"354")
     other.send(b"0123456789abcde\r\n" * 180_000)
     pid = daemon.process.pid
-    assert poll(lambda: open_files(pid, daemon.tempdir)), "the mail is not in a file"
+    assert poll(lambda: descriptors_in(pid, daemon.tempdir)), (
+        "the mail is not in a file"
+    )
     assert daemon.connect().message(MESSAGE) == QUEUED
     found = dict(re.findall(r" (\d+) -> (.*)$", saved.read_text(), re.M))
     own = {"0", "1", "2"}

@@ -22,21 +22,25 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 import pytest
-from test_daemon import mounted, with_mounts
-from test_documents import section, unescaped
 
 import proxsmtpd as program
 from helpers import (
+    GREETING,
     PROGRAM,
+    QUEUED,
     Daemon,
     MakeServer,
     StartDaemon,
+    as_root,
+    mounted,
     poll,
     port_of,
     program_under_test,
     requires,
     reserve_port,
+    with_mounts,
 )
+from manual import section, unescaped
 from namespaces import (
     FAMILIES,
     IPV4,
@@ -49,8 +53,6 @@ from namespaces import (
 )
 from smtp import RawClient, ScriptedServer
 
-GREETING = b"220 smtp.passthru ESMTP\r\n"
-QUEUED = b"250 2.0.0 Ok: queued\r\n"
 NO_DESTINATION = b"421 No original destination to connect to\r\n"
 NO_SERVER = b"421 Server not available\r\n"
 MESSAGE = b"Subject: Hello\r\n\r\n" + b"0123456789abcdef" * 4 + b"\r\n"
@@ -67,7 +69,6 @@ ADVICE = (
 TITLES = {"client": "Redirecting, for client", "full": "Diverting, for full"}
 KINDS = tuple(TITLES)
 
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 of_each_kind = pytest.mark.parametrize("kind", KINDS)
 of_each_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
 
@@ -564,7 +565,7 @@ WITHOUT_THE_RIGHT: Mapping[str, Callable[[], list[str]]] = {
 def test_start_without_the_right(
     options: Sequence[str], who: str, tmp_path: Path
 ) -> None:
-    """The one who starts it hears why not, and what to do."""
+    """The error says why not, and what to do."""
     requires_kind("full")
     pid_file = tmp_path / "temp" / "pid"
     with reserve_port() as holder:
@@ -646,7 +647,7 @@ def test_both_families_on_one_socket(
     make_server: MakeServer,
     tmp_path: Path,
 ) -> None:
-    """An IPv4 client has its IPv4 address wherever it is told."""
+    """An IPv4 client has its IPv4 address everywhere."""
     attributes = b"XCLIENT NAME ADDR DESTADDR"
     server = make_server(extensions=[attributes])
     with reserve_port("::") as holder:

@@ -2,7 +2,7 @@
 
 Everything runs on free ports of 127.0.0.1 and in a temporary directory: an embedded
 SMTP sink as the server, the real program with a filter between, and a client. It
-shows what the client sent, what it heard and what the sink received, and exits with
+shows what the client sent, the reply and what the sink received, and exits with
 1 if anything of this is not as it should be.
 """
 
@@ -44,7 +44,7 @@ class Case(NamedTuple):
     title: str
     sender: str
     subject: str
-    reply: str  # that the client is to hear
+    reply: str  # that the client is to get
     received: Optional[str]  # the subject that the sink is to receive; None: nothing
     status: str  # that the log is to show
 
@@ -172,7 +172,7 @@ def faults(case: Case, outcome: Outcome) -> list[str]:
     if case.received is not None:
         wanted = message(case._replace(subject=case.received))
     if outcome.reply != case.reply:
-        found.append(f"the client should have heard {case.reply!r}")
+        found.append(f"the client should have got {case.reply!r}")
     if outcome.received != wanted:
         found.append(f"the sink should have received {wanted!r}")
     if not outcome.log_line.endswith(f"status={case.status}"):
@@ -189,7 +189,7 @@ def show(number: int, case: Case, outcome: Outcome) -> list[str]:
     received = outcome.received
     print(f"\n{number}. {case.title}")
     print(f"   the client sent\n{indented(message(case).decode())}")
-    print(f"   the client heard\n{indented(outcome.reply)}")
+    print(f"   the client got\n{indented(outcome.reply)}")
     print("   the server received")
     print(indented("(nothing)" if received is None else received.decode()))
     print(f"   the log says\n{indented(outcome.log_line)}")

@@ -9,7 +9,7 @@ flood or stall, a server that refuses, resets, closes or stalls, clients that le
 the midst, talk nonsense or say nothing, and more connections than allowed.  After a
 first part of the time, and at the end, each daemon is left alone and measured.  The
 exit status is 1 if memory, threads, descriptors or children have grown, or if a client
-has heard another reply than it should.
+has got another reply than it should.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ KINDS = {
 
 
 class Case(NamedTuple):
-    """How often a message comes, and the code of what its client hears."""
+    """How often a message comes, and its client's reply code."""
 
     weight: int
     filtered: bytes
@@ -202,7 +202,7 @@ def make_server(port: int) -> ScriptedServer:
     answer = sabotaged("DOT")
 
     def end_of_data(connection: Recorded, data: bytes) -> Action | None:
-        # A server that remembers all that it hears is for shorter tests.
+        # A server that remembers all that it gets is for shorter tests.
         server.messages.clear()
         connection.log.clear()
         return answer(connection, data)
@@ -236,7 +236,7 @@ class Daemon(NamedTuple):
     log: Path
 
     def expects(self, case: Case) -> bytes:
-        """The code of what a client hears in the end."""
+        """Return the reply code that a client gets in the end."""
         if self.kind == "reject":
             return REJECTED
         return case.plain if self.kind == "none" else case.filtered
@@ -316,19 +316,19 @@ def running(server_port: int) -> Iterator[list[Daemon]]:
 
 
 class Tally:
-    """What the clients have heard, and what of it they should not have."""
+    """Counts the clients' replies, and collects the wrong ones."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self.heard = Counter[str]()
+        self.replies = Counter[str]()
         self.wrong: list[str] = []
 
-    def note(self, daemon: Daemon, what: str, heard: bytes, expected: bytes) -> None:
+    def note(self, daemon: Daemon, what: str, reply: bytes, expected: bytes) -> None:
         """Note a reply, by its beginning, and what it should begin with."""
         with self._lock:
-            self.heard[heard[:3].decode()] += 1
-            if not heard.startswith((expected, BUSY)):
-                self.wrong.append(f"{daemon.kind}: {what} has heard {heard!r}")
+            self.replies[reply[:3].decode()] += 1
+            if not reply.startswith((expected, BUSY)):
+                self.wrong.append(f"{daemon.kind}: {what} got {reply!r}")
 
 
 def converse(client: RawClient, sender: str, body: bytes) -> bytes:
@@ -344,18 +344,18 @@ def converse(client: RawClient, sender: str, body: bytes) -> bytes:
     return reply
 
 
-def send(daemon: Daemon, dice: random.Random, tally: Tally) -> None:
+def send(daemon: Daemon, rng: random.Random, tally: Tally) -> None:
     """A message that has the fate of one of the cases."""
     weights = [case.weight for case in CASES.values()]
-    [(name, case)] = dice.choices(list(CASES.items()), weights)
+    [(name, case)] = rng.choices(list(CASES.items()), weights)
     with RawClient(daemon.address) as client:
-        reply = converse(client, name, dice.choices((SMALL, LARGE), (20, 1))[0])
+        reply = converse(client, name, rng.choices((SMALL, LARGE), (20, 1))[0])
         if reply.startswith(b"354"):
             reply = client.command(b".")
         tally.note(daemon, name, reply, daemon.expects(case))
 
 
-def send_at_once(daemon: Daemon, _dice: random.Random, tally: Tally) -> None:
+def send_at_once(daemon: Daemon, _rng: random.Random, tally: Tally) -> None:
     """Two messages' commands in one go, to see pipelines drain."""
     lines = [b"MAIL FROM:<a@example.com>", b"RCPT TO:<b@example.com>", b"RSET"] * 2
     with RawClient(daemon.address) as client:
@@ -367,18 +367,18 @@ def send_at_once(daemon: Daemon, _dice: random.Random, tally: Tally) -> None:
             tally.note(daemon, "the end of a pipeline", replies[-1], b"221")
 
 
-def leave(daemon: Daemon, dice: random.Random, _tally: Tally) -> None:
+def leave(daemon: Daemon, rng: random.Random, _tally: Tally) -> None:
     """Go in the midst of a message, softly or not."""
     with RawClient(daemon.address) as client:
-        converse(client, "all-is-well", dice.choice((SMALL, LARGE)))
-        if dice.random() < 0.5:
+        converse(client, "all-is-well", rng.choice((SMALL, LARGE)))
+        if rng.random() < 0.5:
             client.reset()
 
 
-def stall(daemon: Daemon, dice: random.Random, tally: Tally) -> None:
+def stall(daemon: Daemon, rng: random.Random, tally: Tally) -> None:
     """Say nothing more, in the midst of a message or at once."""
     with RawClient(daemon.address) as client:
-        if dice.random() < 0.5:
+        if rng.random() < 0.5:
             reply = converse(client, "all-is-well", SMALL)
         else:
             reply = client.reply()
@@ -387,17 +387,17 @@ def stall(daemon: Daemon, dice: random.Random, tally: Tally) -> None:
             tally.note(daemon, "silence", reply, b"421 Timed out")
 
 
-def babble(daemon: Daemon, dice: random.Random, tally: Tally) -> None:
+def babble(daemon: Daemon, rng: random.Random, tally: Tally) -> None:
     """Octets that mean nothing."""
     with RawClient(daemon.address) as client:
         greeting = client.reply()
         tally.note(daemon, "nonsense", greeting, b"220")
         if greeting.startswith(b"220"):
-            client.send(dice.randbytes(20 * KILOBYTE) + b"\r\nQUIT\r\n")
+            client.send(rng.randbytes(20 * KILOBYTE) + b"\r\nQUIT\r\n")
             client.rest()
 
 
-def crowd(daemon: Daemon, _dice: random.Random, tally: Tally) -> None:
+def crowd(daemon: Daemon, _rng: random.Random, tally: Tally) -> None:
     """More connections than the daemon takes."""
     with contextlib.ExitStack() as at_end:
         clients = [
@@ -417,34 +417,34 @@ VISITS: dict[Visit, int] = {
 }
 
 
-def call(visit: Visit, daemon: Daemon, dice: random.Random, tally: Tally) -> None:
+def call(visit: Visit, daemon: Daemon, rng: random.Random, tally: Tally) -> None:
     """Make a visit; one that cannot be finished is wrong."""
     try:
-        visit(daemon, dice, tally)
+        visit(daemon, rng, tally)
     except (AssertionError, OSError) as error:
         tally.wrong.append(f"{daemon.kind}: {visit.__name__}: {error!r}")
 
 
 def work(
-    daemons: Sequence[Daemon], dice: random.Random, until: float, tally: Tally
+    daemons: Sequence[Daemon], rng: random.Random, until: float, tally: Tally
 ) -> None:
     """Be one client after the other until that time."""
     while time.monotonic() < until:
-        [visit] = dice.choices(list(VISITS), list(VISITS.values()))
-        call(visit, dice.choice(daemons), dice, tally)
+        [visit] = rng.choices(list(VISITS), list(VISITS.values()))
+        call(visit, rng.choice(daemons), rng, tally)
 
 
 def load(daemons: Sequence[Daemon], port: int, seconds: float, tally: Tally) -> None:
     """Some clients at a time for so many seconds, each daemon with one of each kind."""
     until = time.monotonic() + seconds
-    dice = [random.Random(f"{seconds} {number}") for number in range(WORKERS)]
+    rng = [random.Random(f"{seconds} {number}") for number in range(WORKERS)]
     with make_server(port), ThreadPoolExecutor(WORKERS) as pool:
         jobs = [
-            pool.submit(call, visit, daemon, dice[0], tally)
+            pool.submit(call, visit, daemon, rng[0], tally)
             for visit in VISITS
             for daemon in daemons
         ]
-        jobs += [pool.submit(work, daemons, die, until, tally) for die in dice]
+        jobs += [pool.submit(work, daemons, die, until, tally) for die in rng]
         for job in jobs:
             job.result()
 
@@ -479,7 +479,7 @@ def soak(seconds: float) -> list[str]:
             for daemon, before, after in zip(daemons, first, usages)
             for text in growth(before, after) + daemon.faults()
         ]
-    print(f"\nreplies: {dict(sorted(tally.heard.items()))}")
+    print(f"\nreplies: {dict(sorted(tally.replies.items()))}")
     return wrong + tally.wrong
 
 

@@ -15,17 +15,12 @@ from collections.abc import Sequence
 import pytest
 
 import proxsmtpd as program
-from helpers import MakeServer, StartDaemon
+from helpers import MakeServer, StartDaemon, octetwise
 from proxsmtpd import Command, CommandBuffer, Peer, Refusal, Reply
 
 LIMIT = 12_288  # of AUTH's line with its CRLF (RFC 4954 section 4)
 
 Outcome = object  # A line, or the reply that refused one.
-
-
-def octetwise(octets: bytes) -> list[bytes]:
-    """The octets one by one."""
-    return [octets[i : i + 1] for i in range(len(octets))]
 
 
 def refusal(line: bytes) -> Reply | None:

@@ -12,14 +12,10 @@ from collections.abc import Sequence
 import pytest
 
 import proxsmtpd as program
+from helpers import octetwise
 from proxsmtpd import BadReply, Reply, ReplyBuffer
 
 LIMIT = program.REPLY_LIMIT
-
-
-def octetwise(octets: bytes) -> list[bytes]:
-    """The octets one by one."""
-    return [octets[i : i + 1] for i in range(len(octets))]
 
 
 def replies(buffer: ReplyBuffer, pieces: Sequence[bytes]) -> list[Reply]:

@@ -7,16 +7,22 @@ from pathlib import Path
 from typing import Callable, Optional
 
 import pytest
-from test_filter import long_message, status_of, verbs
 
-from helpers import Daemon, MakeServer, StartDaemon
+from helpers import (
+    MEGABYTE,
+    MESSAGE,
+    QUEUED,
+    Daemon,
+    MakeServer,
+    StartDaemon,
+    long_message,
+    status_of,
+    verbs,
+)
 from proxsmtpd import Reply, rewrite_hello, smaller_limit, take_size
 from smtp import RawClient, ScriptedServer, multiline
 
 LIMIT = 1000
-MEGABYTE = 1 << 20
-MESSAGE = b"Subject: test\r\n\r\nHello\r\n"
-QUEUED = b"250 2.0.0 Ok: queued\r\n"
 TOO_LARGE = b"552 Message too large\r\n"
 SIZE = b"SIZE 104857600"
 
@@ -97,7 +103,7 @@ def test_helo_has_no_extensions(proxsmtpd: StartDaemon) -> None:
 def test_mail_that_announces_too_much(
     extensions: list[bytes], proxsmtpd: StartDaemon, make_server: MakeServer
 ) -> None:
-    """It is refused at once, the server hears nothing of it, and all else goes on."""
+    """It is refused at once and not forwarded, and the session goes on."""
     server = make_server(extensions=extensions)
     daemon = proxsmtpd({"MaxMessageSize": LIMIT}, server=server)
     client = daemon.connect()
@@ -123,7 +129,7 @@ def test_mail_that_announces_too_much(
     assert said == [b"MAIL FROM:<a@example.com>" + kept]
 
 
-# What the client says, and what a server hears that has not offered SIZE.
+# The client's MAIL, and the one for a server that has not offered SIZE.
 MAILS = {
     b"MAIL FROM:<a@example.com> SIZE=10": b"MAIL FROM:<a@example.com>",
     b"MAIL FROM:<a@example.com> size=10": b"MAIL FROM:<a@example.com>",

@@ -282,11 +282,11 @@ def test_shell_makes_the_same_words(tmp_path: Path) -> None:
     """Of whatever is taken for plain, in a directory where patterns would match."""
     for name in ("a", "b", "-", "a,b", "x=y"):
         (tmp_path / name).touch()
-    dice = random.Random(1)
+    rng = random.Random(1)
     octets = [chr(n) for n in range(33, 127)] + [" "] * 20 + ["a", "-", "="] * 10
     plain = []
     for _ in range(20_000):
-        command = "a" + "".join(dice.choices(octets, k=dice.randrange(1, 8)))
+        command = "a" + "".join(rng.choices(octets, k=rng.randrange(1, 8)))
         words = program.plain_words(command)
         if words is not None:
             plain.append((command, words))

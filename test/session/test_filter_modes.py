@@ -1,7 +1,7 @@
 """FilterMode and FilterFailure: when the client's own message goes on.
 
-Each case is played through a real daemon, with either type of filter, by a short
-message and by one that does not fit into memory.
+Each case goes through a real daemon, with either type of filter, with a short
+message and with one that does not fit into memory.
 """
 
 from __future__ import annotations
@@ -15,21 +15,40 @@ import signal
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable
 
 import pytest
-from test_filter import long_message, status_of, verbs
 
-from helpers import Daemon, MakeServer, StartDaemon, marked_processes, poll
+from filter_cases import (
+    FAILED,
+    FAILURES,
+    FIELD,
+    HEADER,
+    KINDS,
+    NOT_RUN,
+    OBSERVE,
+    PASS,
+    TERMINATED,
+    VERDICTS,
+    applicable,
+    both,
+    settings_of,
+)
+from helpers import (
+    LOCAL_ERROR,
+    MEGABYTE,
+    QUEUED,
+    Daemon,
+    MakeServer,
+    StartDaemon,
+    long_message,
+    marked_processes,
+    poll,
+    status_of,
+    stuffed,
+    verbs,
+)
 from smtp import RawClient, Recorded, ScriptedServer
-
-MEGABYTE = 1 << 20
-QUEUED = b"250 2.0.0 Ok: queued\r\n"
-LOCAL_ERROR = b"451 Local Error\r\n"
-FIELD = b"X-Seen: by 127.0.0.1\r\n"
-HEADER = {"Header": "X-Seen: by %i"}
-PASS = {"FilterFailure": "pass"}
-OBSERVE = {"FilterMode": "observe"}
 
 # Dots, 8-bit octets, a NUL, blanks at line ends: nothing of it may change.
 SHORT = (
@@ -39,75 +58,7 @@ SHORT = (
 LONG = SHORT + long_message(MEGABYTE * 3 // 2) + b".end\r\n"
 
 
-class Case(NamedTuple):
-    """What a filter does, as either type; empty where that type cannot do it."""
-
-    pipe: str
-    file: str
-    outcome: str  # the status, or for a failure a pattern of the error line
-
-    def command(self, kind: str) -> str:
-        return self.pipe if kind == "pipe" else self.file
-
-
-def both(command: str, outcome: str) -> Case:
-    return Case(command, command, outcome)
-
-
-VERDICTS = {
-    "passes": Case("cat", ":", "FILTERED"),
-    "changes": Case(
-        "sed s/Hello/Goodbye/", 'sed -i s/Hello/Goodbye/ "$EMAIL"', "FILTERED"
-    ),
-    "replaces": Case("echo gone", 'echo gone >"$EMAIL"', "FILTERED"),
-    "refuses": both("echo 554 5.7.1 Spam >&2; exit 1", "554 5.7.1 Spam"),
-    "refuses without a word": both("exit 1", "550 Content Rejected"),
-    "defers": both("echo 451 4.7.1 Later >&2; exit 1", "451 4.7.1 Later"),
-    "drops": both("echo 250 dropped >&2; exit 1", "250 dropped"),
-    "changes and refuses": Case(
-        "echo gone; exit 1", 'echo gone >"$EMAIL"; exit 1', "550 Content Rejected"
-    ),
-}
-TERMINATED = "filter command terminated abnormally"
-NOT_RUN = "filter command could not be run"
-FAILED = "filter command failed"
-FAILURES = {
-    # More than one argument of a program may be.
-    "cannot start": both(
-        f": {'x' * 140_000}", "couldn't start filter command: Argument list too long"
-    ),
-    "times out": both("exec sleep 60", "timeout while listening to filter command"),
-    "SIGKILL": both("kill -KILL $$", TERMINATED),
-    "SIGSEGV": both("ulimit -c 0; kill -SEGV $$", TERMINATED),
-    "SIGABRT with words": both(
-        "ulimit -c 0; echo oops >&2; kill -ABRT $$", f"{TERMINATED}: oops"
-    ),
-    "SIGKILL in a shell": both(
-        "sh -c 'kill -KILL $$'; exit $?", f"{TERMINATED}: Killed *"
-    ),
-    "126": both("exit 126", NOT_RUN),
-    "127": both("echo oops >&2; exit 127", f"{NOT_RUN}: oops"),
-    "75": both("exit 75", "filter command failed with 75"),
-    "74 with words": both("echo oops >&2; exit 74", f"{FAILED} with 74: oops"),
-    "syntax": both("exit 0; fi", f"{NOT_RUN}: sh: .*"),
-    "no program": both("/nowhere/filter --strict", f"{NOT_RUN}: .*/nowhere/filter.*"),
-    "empty output": Case(
-        "cat >/dev/null", ': >"$EMAIL"', "filter command returned an empty message"
-    ),
-    "no output": Case(
-        "exec >&-; exec cat >&2", "", "filter command returned an empty message"
-    ),
-    "no file": Case(
-        "", 'rm "$EMAIL"', "couldn't open cache file: .*: No such file or directory"
-    ),
-    "a directory": Case(
-        "", 'rm "$EMAIL"; mkdir "$EMAIL"', "no regular file any more: .*"
-    ),
-    "a link": Case(
-        "", 'rm "$EMAIL"; ln -s /etc/passwd "$EMAIL"', "couldn't open cache file: .*"
-    ),
-}
-# The filter has said what is to become of the message, or it was told to end.
+# The filter has said what is to become of the message, or somebody ended it.
 NO_FAILURES = {
     "refuses": (b"554 5.7.1 Spam\r\n", VERDICTS["refuses"]),
     "refuses without a word": (b"550 Content Rejected\r\n", both("exit 1", "550 .*")),
@@ -132,27 +83,6 @@ NO_FAILURES = {
     ),
 }
 
-KINDS = ("pipe", "file")
-
-
-def applicable(table: dict[str, Case]) -> list[tuple[str, str]]:
-    """The types of filter, and what each can do."""
-    return [(k, name) for k in KINDS for name in table if table[name].command(k)]
-
-
-def settings_of(kind: str, command: str) -> dict[str, object]:
-    return {
-        "FilterType": kind,
-        "FilterCommand": command,
-        "FilterTimeout": 1 if "sleep" in command else 30,
-        **HEADER,
-    }
-
-
-def stuffed(message: bytes) -> bytes:
-    """With the dots of the transparency procedure (RFC 5321 4.5.2)."""
-    return message.replace(b"\r\n.", b"\r\n..").replace(b"\r\n\0.", b"\r\n.\0.")
-
 
 def with_field(message: bytes) -> bytes:
     """As the server gets it: with the Header setting's field, else as it was."""
@@ -160,8 +90,8 @@ def with_field(message: bytes) -> bytes:
     return stuffed(head + b"\r\n" + FIELD + b"\r\n" + body)
 
 
-def play(daemon: Daemon, *messages: bytes) -> list[bytes]:
-    """Send messages on one connection; the replies to them.
+def send_messages(daemon: Daemon, *messages: bytes) -> list[bytes]:
+    """Send messages on one connection; returns the replies to them.
 
     When one is answered, nothing of it is left in TempDirectory.
     """
@@ -199,7 +129,7 @@ def test_observed(
     """The verdict is in the log, and the client's own message at the server."""
     case = VERDICTS[name]
     daemon = proxsmtpd({**settings_of(kind, case.command(kind)), **OBSERVE})
-    assert play(daemon, SHORT, LONG) == [QUEUED, QUEUED]
+    assert send_messages(daemon, SHORT, LONG) == [QUEUED, QUEUED]
     assert [m.data for m in server.messages] == [with_field(SHORT), with_field(LONG)]
     assert statuses(daemon, 2) == [f"OBSERVED: {case.outcome}"] * 2
 
@@ -209,7 +139,7 @@ def test_observed(
 def test_observed_failure(
     kind: str, failure: dict[str, str], proxsmtpd: StartDaemon, server: ScriptedServer
 ) -> None:
-    """It holds up nothing, not even where the filter was told to end."""
+    """It holds up nothing, not even where somebody ended the filter."""
     command = "case $SENDER in term*) kill -TERM $$;; *) exit 127;; esac"
     daemon = proxsmtpd({**settings_of(kind, command), **OBSERVE, **failure})
     client = daemon.connect(timeout=30)
@@ -227,7 +157,7 @@ def test_observing_without_a_filter(
     proxsmtpd: StartDaemon, server: ScriptedServer
 ) -> None:
     daemon = proxsmtpd({**OBSERVE, **PASS, **HEADER})
-    assert play(daemon, SHORT) == [QUEUED]
+    assert send_messages(daemon, SHORT) == [QUEUED]
     assert server.messages[0].data == with_field(SHORT)
     assert statuses(daemon, 1) == ["PASSED"]
 
@@ -275,7 +205,7 @@ def test_servers_refusal(
 ) -> None:
     server = make_server({verb: REFUSALS[verb]})
     daemon = proxsmtpd({"FilterCommand": command, **settings}, server=server)
-    assert play(daemon, SHORT) == [REFUSALS[verb]]
+    assert send_messages(daemon, SHORT) == [REFUSALS[verb]]
     assert statuses(daemon, 1) == [REFUSALS[verb].decode().strip()]
     assert server.messages == []
 
@@ -290,7 +220,7 @@ def test_passed_failure(
     """The client's own message goes on, and the log says once why."""
     case = FAILURES[name]
     daemon = proxsmtpd({**settings_of(kind, case.command(kind)), **PASS})
-    assert play(daemon, SHORT, LONG) == [QUEUED, QUEUED]
+    assert send_messages(daemon, SHORT, LONG) == [QUEUED, QUEUED]
     assert [m.data for m in server.messages] == [with_field(SHORT), with_field(LONG)]
     assert statuses(daemon, 2) == ["FILTER-ERROR, passed"] * 2
     assert len(errors(daemon, f"{case.outcome}")) == 2
@@ -304,7 +234,7 @@ def test_not_passed(
     """What the filter refuses is refused, and who ends it gets no mail past it."""
     reply, case = NO_FAILURES[name]
     daemon = proxsmtpd({**settings_of(kind, case.command(kind)), **PASS})
-    assert play(daemon, SHORT, LONG) == [reply, reply]
+    assert send_messages(daemon, SHORT, LONG) == [reply, reply]
     assert server.messages == []
     assert all(re.fullmatch(case.outcome, status) for status in statuses(daemon, 2))
     assert verbs(server.connections[0]) == (
@@ -330,7 +260,7 @@ def test_filter_has_ended_when_its_message_goes_on(
     command = f"trap '' TERM; sleep 60 & echo $! >{child}; echo $$ >{shell}; wait"
     server = make_server({"DATA": answer_data})
     daemon = proxsmtpd({**settings_of("pipe", command), **settings}, server=server)
-    assert play(daemon, SHORT) == [QUEUED]
+    assert send_messages(daemon, SHORT) == [QUEUED]
     assert alive_at_data == [False]
     assert poll(lambda: set(marked_processes(daemon.mark)) == {daemon.process.pid})
     killing = errors(
@@ -376,7 +306,7 @@ def test_end_without_a_code(
 ) -> None:
     command, error = UNCODED[name]
     daemon = proxsmtpd({**settings_of("pipe", command), **CODED, **failure})
-    assert play(daemon, SHORT) == [reply]
+    assert send_messages(daemon, SHORT) == [reply]
     passed = [with_field(SHORT)] if reply == QUEUED else []
     assert [m.data for m in server.messages] == passed
     assert statuses(daemon, 1) == [status]
@@ -391,7 +321,7 @@ def test_coded_verdict(
     case = VERDICTS[name]
     daemon = proxsmtpd({**settings_of(kind, case.command(kind)), **CODED})
     expected = QUEUED if name == "passes" else case.outcome.encode() + b"\r\n"
-    assert play(daemon, SHORT) == [expected]
+    assert send_messages(daemon, SHORT) == [expected]
     assert len(server.messages) == (name == "passes")
     assert statuses(daemon, 1) == [case.outcome]
 

@@ -1,7 +1,7 @@
-"""`-t`: messages that are played to the filter, and what is said of the server.
+"""The dry run (-t): it runs messages through the filter and asks the server.
 
-Each rehearsal is a run of the real program.  Whatever it is about, all that it writes
-is printable ASCII, and nothing of it is left.
+Each test runs the real program.  All that it writes is printable ASCII, and it leaves
+neither a file nor a process.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple, Protocol, Union
 
 import pytest
-from test_filter import environment
-from test_modes import (
+
+from filter_cases import (
     FAILURES,
     FIELD,
     HEADER,
@@ -31,11 +31,10 @@ from test_modes import (
     applicable,
     both,
     settings_of,
-    stuffed,
 )
-
 from helpers import (
     MARKER,
+    QUEUED,
     TRACEBACK,
     MakeServer,
     StartDaemon,
@@ -43,7 +42,10 @@ from helpers import (
     marked_processes,
     poll,
     program_under_test,
+    saved_environment,
     settings_text,
+    stuffed,
+    unstuffed,
     write_config,
 )
 from proxsmtpd import crc32c, envelope_of, printable, to_octets
@@ -66,12 +68,11 @@ MESSAGE = (
     b"\r\n"
     b"Hello\r\n"
 )
-QUEUED = b"250 2.0.0 Ok: queued\r\n"
 KINDS_OF_END = ("passed", "dropped", "refused", "broken")
 
 
-class Played(NamedTuple):
-    """What is said of one message."""
+class Result(NamedTuple):
+    """What the output says of one message."""
 
     name: str
     environment: dict[str, str]
@@ -81,48 +82,48 @@ class Played(NamedTuple):
     changes: list[str]  # the unified diff
 
     @classmethod
-    def parse(cls, lines: Sequence[str]) -> Played:
-        """Of its lines, the first of which has its name."""
-        told: dict[str, list[str]] = {}
+    def parse(cls, lines: Sequence[str]) -> Result:
+        """Parse the lines on one message, the first of which has its name."""
+        found: dict[str, list[str]] = {}
         for line in lines[1:]:
             word, colon, value = line.partition(":")
             if colon and word in ("environment", "filter", "reply", "status"):
-                told[word] = [value.strip()]
+                found[word] = [value.strip()]
             elif line in ("changes:", "changes: none"):
-                told["changes"] = []
+                found["changes"] = []
             else:
-                list(told.values())[-1].append(line)
+                list(found.values())[-1].append(line)
         variables: dict[str, str] = {}
-        for line in told.get("environment", [""])[1:]:
+        for line in found.get("environment", [""])[1:]:
             if line.startswith("    "):
                 variables[list(variables)[-1]] += "\n" + line[4:]
             else:
                 name, _, value = line[2:].partition("=")
                 variables[name] = value
         end, reply, status = (
-            told.get(word, [""])[0] for word in ("filter", "reply", "status")
+            found.get(word, [""])[0] for word in ("filter", "reply", "status")
         )
-        changes = told.get("changes", [])
+        changes = found.get("changes", [])
         return cls(lines[0][3:], variables, end, reply, status, changes)
 
 
-class Rehearsed(NamedTuple):
-    """What a run has come to."""
+class DryRun(NamedTuple):
+    """The exit status and the output of a dry run."""
 
     exit_status: int
     output: str
     errors: str
 
     @property
-    def played(self) -> list[Played]:
+    def results(self) -> list[Result]:
         parts = re.split(r"^(?=== )", self.output, flags=re.M)[1:-1]
-        return [Played.parse(part.splitlines()) for part in parts]
+        return [Result.parse(part.splitlines()) for part in parts]
 
     @property
-    def only(self) -> Played:
-        """What is said of the only message."""
-        (played,) = self.played
-        return played
+    def only(self) -> Result:
+        """Return what the output says of the only message."""
+        (result,) = self.results
+        return result
 
     @property
     def counts(self) -> dict[str, int]:
@@ -141,7 +142,7 @@ def is_plain(text: bytes) -> bool:
     return re.fullmatch(rb"[ -~\n]*", text) is not None
 
 
-class Rehearse(Protocol):
+class StartDryRun(Protocol):
     """Runs `-t` on messages: octets, or the names of files that may be there."""
 
     def __call__(
@@ -151,10 +152,10 @@ class Rehearse(Protocol):
         stdin: bytes = b"",
         env: Mapping[str, Union[str, bytes]] | None = None,
         **options: Any,
-    ) -> Rehearsed: ...
+    ) -> DryRun: ...
 
 
-class Stage:
+class Workspace:
     """A configuration file and messages in a directory, and the command for them."""
 
     def __init__(self, place: Path) -> None:
@@ -169,7 +170,7 @@ class Stage:
         *messages: Union[bytes, str],
         level: int | None = None,
     ) -> list[str]:
-        """The command line by which these messages are played."""
+        """Return the command line for a dry run of these messages."""
         debug = [] if level is None else [f"-d{level}"]
         defaults = {"OutAddress": "192.0.2.25:25", "TempDirectory": self.tempdir}
         write_config(self.config, settings_text(settings), **defaults)
@@ -185,13 +186,13 @@ class Stage:
 
 
 @pytest.fixture
-def stage(tmp_path: Path) -> Stage:
-    return Stage(tmp_path)
+def workspace(tmp_path: Path) -> Workspace:
+    return Workspace(tmp_path)
 
 
 @pytest.fixture
-def rehearse(stage: Stage) -> Rehearse:
-    """See `Rehearse`."""
+def dry_run(workspace: Workspace) -> StartDryRun:
+    """See `StartDryRun`."""
 
     def run(
         settings: Mapping[str, object],
@@ -199,23 +200,23 @@ def rehearse(stage: Stage) -> Rehearse:
         stdin: bytes = b"",
         env: Mapping[str, Union[str, bytes]] | None = None,
         **options: Any,
-    ) -> Rehearsed:
+    ) -> DryRun:
         mark = uuid.uuid4().hex
         process = subprocess.run(
-            stage.command(settings, *messages),
+            workspace.command(settings, *messages),
             check=False,
             input=stdin,
             capture_output=True,
             timeout=PATIENCE,
             env={"PATH": os.environ["PATH"], MARKER: mark, **(env or {})},
-            **{"cwd": stage.place, **options},
+            **{"cwd": workspace.place, **options},
         )
         assert is_plain(process.stdout), process.stdout
         assert is_plain(process.stderr), process.stderr
         assert TRACEBACK.encode() not in process.stderr, process.stderr.decode()
-        assert list(stage.tempdir.iterdir()) == []
+        assert list(workspace.tempdir.iterdir()) == []
         assert marked_processes(mark) == {}
-        return Rehearsed(
+        return DryRun(
             process.returncode, process.stdout.decode(), process.stderr.decode()
         )
 
@@ -225,8 +226,8 @@ def rehearse(stage: Stage) -> Rehearse:
 # --- What becomes of a message ---
 
 
-def test_all_that_is_said(rehearse: Rehearse) -> None:
-    result = rehearse({"FilterCommand": "sed s/Hello/Goodbye/"}, MESSAGE)
+def test_all_that_is_said(dry_run: StartDryRun) -> None:
+    result = dry_run({"FilterCommand": "sed s/Hello/Goodbye/"}, MESSAGE)
     output = re.sub(r"\d+\.\d{3} s", "N s", result.output)
     temporary = f"{output.partition('TMPDIR=')[2].splitlines()[0]}"
     assert (
@@ -260,28 +261,28 @@ changes:
 
 
 @pytest.mark.parametrize(("kind", "name"), applicable(VERDICTS))
-def test_verdict(kind: str, name: str, rehearse: Rehearse) -> None:
+def test_verdict(kind: str, name: str, dry_run: StartDryRun) -> None:
     case = VERDICTS[name]
-    result = rehearse(settings_of(kind, case.command(kind)), MESSAGE)
-    played = result.only
-    assert played.status == case.outcome
+    result = dry_run(settings_of(kind, case.command(kind)), MESSAGE)
+    only = result.only
+    assert only.status == case.outcome
     assert result.errors == ""
     if case.outcome == "FILTERED":
         assert (result.exit_status, result.counts) == (0, {"passed": 1})
-        assert played.reply == "the server's"
-        assert f"+{FIELD.decode().strip()}" not in played.changes
-        assert "+X-Seen: by 192.0.2.1" in played.changes
+        assert only.reply == "the server's"
+        assert f"+{FIELD.decode().strip()}" not in only.changes
+        assert "+X-Seen: by 192.0.2.1" in only.changes
     else:
         end = "dropped" if case.outcome.startswith("2") else "refused"
         assert (result.exit_status, result.counts) == (1, {end: 1})
-        assert played.reply == case.outcome
-        assert played.changes == []
+        assert only.reply == case.outcome
+        assert only.changes == []
 
 
 @pytest.mark.parametrize(("kind", "name"), applicable(FAILURES))
-def test_failure(kind: str, name: str, rehearse: Rehearse) -> None:
+def test_failure(kind: str, name: str, dry_run: StartDryRun) -> None:
     case = FAILURES[name]
-    result = rehearse(settings_of(kind, case.command(kind)), MESSAGE)
+    result = dry_run(settings_of(kind, case.command(kind)), MESSAGE)
     assert (result.exit_status, result.counts) == (2, {"broken": 1})
     assert result.only.reply == "451 Local Error"
     assert result.only.status == "FILTER-ERROR"
@@ -300,14 +301,14 @@ ENDS = {
 
 
 @pytest.mark.parametrize("command", ENDS, ids=lambda command: command[:20])
-def test_end_of_the_filter(command: str, rehearse: Rehearse) -> None:
-    result = rehearse(settings_of("pipe", command), MESSAGE)
+def test_end_of_the_filter(command: str, dry_run: StartDryRun) -> None:
+    result = dry_run(settings_of("pipe", command), MESSAGE)
     assert re.fullmatch(rf"{ENDS[command]}, \d+\.\d{{3}} s", result.only.filter)
 
 
-def test_time_of_the_filter(rehearse: Rehearse) -> None:
+def test_time_of_the_filter(dry_run: StartDryRun) -> None:
     begun = time.monotonic()
-    result = rehearse({"FilterCommand": "sleep 0.3; cat"}, MESSAGE)
+    result = dry_run({"FilterCommand": "sleep 0.3; cat"}, MESSAGE)
     most = time.monotonic() - begun
     assert 0.3 <= float(result.only.filter.split()[-2]) < most
 
@@ -364,20 +365,20 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_changes(name: str, rehearse: Rehearse) -> None:
+def test_changes(name: str, dry_run: StartDryRun) -> None:
     """Lines as the server would get them, before the transparency procedure."""
     command, expected = CHANGES[name]
-    result = rehearse({"FilterCommand": command}, MESSAGE, env={"LC_ALL": "C"})
+    result = dry_run({"FilterCommand": command}, MESSAGE, env={"LC_ALL": "C"})
     files = ["--- message-1", "+++ message-1 filtered"] if expected else []
     assert result.only.changes == files + expected
     assert ("changes: none" in result.output) == (not expected)
 
 
-def test_change_that_looks_like_none(rehearse: Rehearse) -> None:
+def test_change_that_looks_like_none(dry_run: StartDryRun) -> None:
     """What is printed alike, an octet and its name, is not the same."""
     message = MESSAGE + b"caf\xe9\r\n"
     command = r"sed 's/\xe9/\\xe9/'"
-    result = rehearse({"FilterCommand": command}, message, env={"LC_ALL": "C"})
+    result = dry_run({"FilterCommand": command}, message, env={"LC_ALL": "C"})
     assert "changes: none" not in result.output
 
 
@@ -461,44 +462,44 @@ SETTINGS: Mapping[str, tuple[Mapping[str, object], int, str, str, str, bool]] = 
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_settings(name: str, rehearse: Rehearse) -> None:
+def test_settings(name: str, dry_run: StartDryRun) -> None:
     settings, exit_status, end, reply, status, ran = SETTINGS[name]
-    result = rehearse({"FilterCommand": "cat", **HEADER, **settings}, MESSAGE)
-    played = result.only
+    result = dry_run({"FilterCommand": "cat", **HEADER, **settings}, MESSAGE)
+    only = result.only
     assert (result.exit_status, result.counts) == (exit_status, {end: 1})
-    assert (played.reply, played.status) == (reply, status)
-    assert bool(played.environment) == bool(played.filter) == ran
+    assert (only.reply, only.status) == (reply, status)
+    assert bool(only.environment) == bool(only.filter) == ran
     expected = ["@@ -2,5 +2,6 @@", " From: A <a@example.com>", " To: b@example.net"]
     expected += [" Subject: test", "+X-Seen: by 192.0.2.1", " ", " Hello"]
-    assert played.changes[2:] == (expected if reply == "the server's" else [])
+    assert only.changes[2:] == (expected if reply == "the server's" else [])
 
 
 # --- Several messages, and where they come from ---
 
 
-def test_several_messages(rehearse: Rehearse) -> None:
+def test_several_messages(dry_run: StartDryRun) -> None:
     verdicts = 'p*) cat;; b*) exit 127;; *) echo "$verdict" >&2; exit 1;;'
     command = f"read x verdict; case $verdict in {verdicts} esac"
     settings = {"FilterCommand": command}
     passed, dropped, refused, broken = (
         b"X: %s\n\nHello\n" % verdict for verdict in (b"p", b"250 x", b"554 x", b"b")
     )
-    result = rehearse(settings, passed, refused, passed, dropped, broken, dropped)
-    assert [p.name for p in result.played] == [f"message-{n}" for n in range(1, 7)]
-    assert [p.status for p in result.played] == (
+    result = dry_run(settings, passed, refused, passed, dropped, broken, dropped)
+    assert [p.name for p in result.results] == [f"message-{n}" for n in range(1, 7)]
+    assert [p.status for p in result.results] == (
         ["FILTERED", "554 x", "FILTERED", "250 x", "FILTER-ERROR", "250 x"]
     )
     assert result.counts == {"passed": 2, "dropped": 2, "refused": 1, "broken": 1}
     assert result.exit_status == 2
-    assert rehearse(settings, passed, passed).exit_status == 0
-    assert rehearse(settings, passed, dropped).exit_status == 1
-    assert rehearse(settings, passed, refused).exit_status == 1
-    assert rehearse(settings, refused, broken, passed).exit_status == 2
+    assert dry_run(settings, passed, passed).exit_status == 0
+    assert dry_run(settings, passed, dropped).exit_status == 1
+    assert dry_run(settings, passed, refused).exit_status == 1
+    assert dry_run(settings, refused, broken, passed).exit_status == 2
 
 
-def test_standard_input(rehearse: Rehearse) -> None:
+def test_standard_input(dry_run: StartDryRun) -> None:
     settings = {"FilterCommand": "sed s/Hello/Goodbye/"}
-    result = rehearse(settings, "-", stdin=MESSAGE)
+    result = dry_run(settings, "-", stdin=MESSAGE)
     assert (result.exit_status, result.counts) == (0, {"passed": 1})
     assert result.only.name == "-"
     assert result.only.changes[:2] == ["--- -", "+++ - filtered"]
@@ -515,13 +516,15 @@ def test_standard_input(rehearse: Rehearse) -> None:
         ("\x1b[2J\udce9", "No such file or directory"),
     ],
 )
-def test_message_that_cannot_be_read(name: str, error: str, rehearse: Rehearse) -> None:
-    """It counts as broken, and the others are played."""
-    result = rehearse({"FilterCommand": "cat"}, MESSAGE, name, MESSAGE)
+def test_message_that_cannot_be_read(
+    name: str, error: str, dry_run: StartDryRun
+) -> None:
+    """It counts as broken, and the others are filtered."""
+    result = dry_run({"FilterCommand": "cat"}, MESSAGE, name, MESSAGE)
     assert (result.exit_status, result.counts) == (2, {"passed": 2, "broken": 1})
     shown = printable(os.fsencode(name))
     assert result.errors == f"proxsmtpd: couldn't read message: {shown}: {error}\n"
-    assert [p.name for p in result.played] == ["message-1", shown, "message-2"]
+    assert [p.name for p in result.results] == ["message-1", shown, "message-2"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -536,18 +539,18 @@ def test_message_that_cannot_be_read(name: str, error: str, rehearse: Rehearse) 
     ids=["LF", "CRLF", "LF without the last", "CRLF without the last"],
 )
 def test_filter_gets_crlf(
-    message: bytes, kind: str, rehearse: Rehearse, tmp_path: Path
+    message: bytes, kind: str, dry_run: StartDryRun, tmp_path: Path
 ) -> None:
     saved = tmp_path / "saved"
     command = f"tee {saved}" if kind == "pipe" else f'cp "$EMAIL" {saved}'
-    result = rehearse({"FilterCommand": command, "FilterType": kind}, message)
+    result = dry_run({"FilterCommand": command, "FilterType": kind}, message)
     assert result.counts == {"passed": 1}
     assert saved.read_bytes() == MESSAGE
     assert result.only.changes == []
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_any_octets(kind: str, rehearse: Rehearse, tmp_path: Path) -> None:
+def test_any_octets(kind: str, dry_run: StartDryRun, tmp_path: Path) -> None:
     """The filter gets them as they are; on the terminal they are harmless."""
     octets = bytes(n for n in range(256) if n not in b"\r\n")
     message = MESSAGE + octets + b"\r\n" + octets * 9 + b"\r\n"
@@ -556,25 +559,25 @@ def test_any_octets(kind: str, rehearse: Rehearse, tmp_path: Path) -> None:
     if kind == "file":
         command = f'cp "$EMAIL" {saved}; echo More >>"$EMAIL"'
     settings = {"FilterType": kind}
-    result = rehearse({**settings, "FilterCommand": command}, message)
+    result = dry_run({**settings, "FilterCommand": command}, message)
     assert saved.read_bytes() == message
     assert result.only.changes[-1] == "+More"
     assert result.only.changes[-3] == f" {printable(octets)}"
-    result = rehearse({**settings, "FilterCommand": f"{command}; {more}"}, message)
+    result = dry_run({**settings, "FilterCommand": f"{command}; {more}"}, message)
     assert result.only.reply == result.only.status == "554 ?[2J?"
 
 
 @pytest.mark.parametrize("message", [b"", b"\n", b"\r\n", b"no header"])
-def test_strange_messages(message: bytes, rehearse: Rehearse) -> None:
-    result = rehearse({"FilterCommand": "cat"}, message)
+def test_strange_messages(message: bytes, dry_run: StartDryRun) -> None:
+    result = dry_run({"FilterCommand": "cat"}, message)
     assert (result.exit_status, result.counts) == (0, {"passed": 1})
     assert result.only.changes == []
 
 
-def test_large_messages(rehearse: Rehearse) -> None:
+def test_large_messages(dry_run: StartDryRun) -> None:
     """In the time that a terminal's user may wait."""
     lines = b"".join(b"%070d\r\n" % number for number in range(60_000))
-    result = rehearse(
+    result = dry_run(
         {"FilterCommand": "sed s/Hello/Goodbye/", **HEADER}, MESSAGE + lines
     )
     assert result.counts == {"passed": 1}
@@ -648,35 +651,35 @@ def test_envelope_of_the_header(header: bytes) -> None:
     assert envelope_of(message) == expected
 
 
-def test_environment_of_examples_header_and_caller(rehearse: Rehearse) -> None:
+def test_environment_of_examples_header_and_caller(dry_run: StartDryRun) -> None:
     """Each goes before those that stand before it."""
     settings = {"FilterCommand": "cat"}
-    bare = rehearse(settings, b"Subject: none\n\nHello\n").only.environment
+    bare = dry_run(settings, b"Subject: none\n\nHello\n").only.environment
     temporary = {"TMPDIR": bare["TMPDIR"], "SERVER": "192.0.2.25"}
     assert bare == {**EXAMPLES, **temporary}
     told = {"SENDER": "bounce@example.com", "RECIPIENTS": "b@example.net"}
-    assert rehearse(settings, MESSAGE).only.environment == (
+    assert dry_run(settings, MESSAGE).only.environment == (
         {**EXAMPLES, **told, **temporary}
     )
     for name, value in GIVEN.items():
-        found = rehearse(settings, MESSAGE, env={name: value}).only.environment
+        found = dry_run(settings, MESSAGE, env={name: value}).only.environment
         assert found == {**EXAMPLES, **told, name: value, **temporary}
     stale = {"TMPDIR": "/nowhere", "EMAIL": "/nowhere/mail", "SERVER": "192.0.2.99"}
-    result = rehearse(settings, MESSAGE, env={**GIVEN, **stale})
+    result = dry_run(settings, MESSAGE, env={**GIVEN, **stale})
     assert result.only.environment == {**GIVEN, **temporary}
 
 
 def test_what_is_shown_is_what_the_filter_has(
-    rehearse: Rehearse, tmp_path: Path
+    dry_run: StartDryRun, tmp_path: Path
 ) -> None:
     saved = tmp_path / "environ"
     given: dict[str, Union[str, bytes]] = {**GIVEN, "OTHER": "kept"}
     given["SENDER"] = b"caf\xe9\x1b[2J@example.com"
     command = f'cat /proc/self/environ >{saved}; test -f "$EMAIL"'
     settings = {"FilterCommand": command, "FilterType": "file"}
-    result = rehearse(settings, MESSAGE, env=given)
+    result = dry_run(settings, MESSAGE, env=given)
     assert result.counts == {"passed": 1}
-    found = environment(saved)
+    found = saved_environment(saved)
     shown = {
         name: "\n".join(printable(line) for line in found[name.encode()].split(b"\n"))
         for name in (*EXAMPLES, "SERVER", "TMPDIR", "EMAIL")
@@ -688,15 +691,15 @@ def test_what_is_shown_is_what_the_filter_has(
 
 
 def test_variable_that_the_caller_has_emptied(
-    rehearse: Rehearse, tmp_path: Path
+    dry_run: StartDryRun, tmp_path: Path
 ) -> None:
     """So one sees what the filter does without it, as in the daemon."""
     saved = tmp_path / "environ"
     empty = dict.fromkeys(("REMOTE", "REMOTE_HELO"), "")
     command = f"cat /proc/self/environ >{saved}; cat"
-    result = rehearse({"FilterCommand": command}, MESSAGE, env=empty)
+    result = dry_run({"FilterCommand": command}, MESSAGE, env=empty)
     assert not result.only.environment.keys() & empty.keys()
-    assert not environment(saved).keys() & {b"REMOTE", b"REMOTE_HELO"}
+    assert not saved_environment(saved).keys() & {b"REMOTE", b"REMOTE_HELO"}
 
 
 @pytest.mark.parametrize(
@@ -710,25 +713,23 @@ def test_variable_that_the_caller_has_emptied(
     ],
 )
 def test_server_is_what_out_address_says(
-    address: str, server: str | None, rehearse: Rehearse
+    address: str, server: str | None, dry_run: StartDryRun
 ) -> None:
     settings = {"FilterCommand": "cat", "OutAddress": address}
-    assert rehearse(settings, MESSAGE).only.environment.get("SERVER") == server
+    assert dry_run(settings, MESSAGE).only.environment.get("SERVER") == server
 
 
 @pytest.mark.parametrize("field", [b"From", b"To"])
-def test_nul_in_an_address(field: bytes, rehearse: Rehearse) -> None:
-    result = rehearse(
-        {"FilterCommand": "cat"}, field + b": a\0b@example.com\n\nHello\n"
-    )
+def test_nul_in_an_address(field: bytes, dry_run: StartDryRun) -> None:
+    result = dry_run({"FilterCommand": "cat"}, field + b": a\0b@example.com\n\nHello\n")
     assert result.exit_status in (0, 2)
 
 
-def test_more_recipients_than_a_transaction_has(rehearse: Rehearse) -> None:
-    """The daemon would have told the client to send the rest by another one."""
+def test_more_recipients_than_a_transaction_has(dry_run: StartDryRun) -> None:
+    """The daemon would have had the client send the rest in another transaction."""
     names = (b"recipient-%05d@example.com" % number for number in range(6000))
     message = b"To: " + b",\n ".join(names) + b"\n\nHello\n"
-    assert rehearse({"FilterCommand": "cat"}, message).counts == {"passed": 1}
+    assert dry_run({"FilterCommand": "cat"}, message).counts == {"passed": 1}
 
 
 # --- The daemon says the same ---
@@ -736,17 +737,12 @@ def test_more_recipients_than_a_transaction_has(rehearse: Rehearse) -> None:
 MODES = {"enforce": {}, "pass": PASS, "observe": OBSERVE}
 
 
-def playable(kind: str) -> dict[str, str]:
+def all_cases(kind: str) -> dict[str, str]:
     """The commands of all cases for a type of filter, by a name for each."""
     table = {**VERDICTS, **FAILURES, "terminated": both("kill -TERM $$", "")}
     # Only a command of the configuration can be too long for the system.
     commands = [table[name].command(kind) for name in table if name != "cannot start"]
     return {f"case-{n}@example.com": c for n, c in enumerate(filter(None, commands))}
-
-
-def unstuffed(data: bytes) -> bytes:
-    """Mail data without the dots of the transparency procedure."""
-    return re.sub(rb"^\.", b"", data, flags=re.M)
 
 
 def changes_between(name: str, before: bytes, after: bytes) -> list[str]:
@@ -762,13 +758,13 @@ def changes_between(name: str, before: bytes, after: bytes) -> list[str]:
 def test_daemon_says_the_same(
     kind: str,
     mode: str,
-    stage: Stage,
+    workspace: Workspace,
     proxsmtpd: StartDaemon,
     server: ScriptedServer,
 ) -> None:
     """Environment, reply, status and message, with the very same configuration."""
-    cases = playable(kind)
-    scripts = stage.place / "scripts"
+    cases = all_cases(kind)
+    scripts = workspace.place / "scripts"
     scripts.mkdir()
     for name, command in cases.items():
         saving = f'cat /proc/self/environ >"$SAVED.{name}"\n'
@@ -778,7 +774,8 @@ def test_daemon_says_the_same(
     settings = {**settings_of(kind, f'. "{scripts}/$SENDER"'), "FilterTimeout": 1}
     same = {"PWD": os.getcwd(), "CLIENT": "127.0.0.1"}
     daemon = proxsmtpd(
-        {**settings, **MODES[mode]}, env={**same, "SAVED": str(stage.place / "daemon")}
+        {**settings, **MODES[mode]},
+        env={**same, "SAVED": str(workspace.place / "daemon")},
     )
     messages = {
         name: b"Return-Path: <%s>\r\nTo: b@example.com\r\n\r\n.\r\n..Hello \xe9\0\r\n"
@@ -788,40 +785,40 @@ def test_daemon_says_the_same(
 
     names = []
     for name, message in messages.items():
-        names.append(str(stage.place / f"{name}.eml"))
+        names.append(str(workspace.place / f"{name}.eml"))
         Path(names[-1]).write_bytes(message)
-    rehearsal = subprocess.run(
+    dry_run = subprocess.run(
         # At level 1 for the daemon's directory, which is not / with -d.
         [*program_under_test(), "-d1", "-t", "-f", str(daemon.config), *names],
         check=False,
         capture_output=True,
         text=True,
         timeout=120,
-        env={**os.environ, **same, "SAVED": str(stage.place / "rehearsal")},
+        env={**os.environ, **same, "SAVED": str(workspace.place / "dry_run")},
     )
-    played = Rehearsed(rehearsal.returncode, rehearsal.stdout, rehearsal.stderr).played
-    assert len(played) == len(cases)
+    results = DryRun(dry_run.returncode, dry_run.stdout, dry_run.stderr).results
+    assert len(results) == len(cases)
 
     client = daemon.connect(timeout=PATIENCE)
     client.start(b"<nobody@example.com>")
     client.expect(b"RSET", b"250")
-    for told, (name, message) in zip(played, messages.items()):
+    for result, (name, message) in zip(results, messages.items()):
         client.expect(b"XFORWARD ADDR=198.51.100.1 HELO=client.example", b"250")
         client.envelope(b"<%s>" % name.encode())
         accepted = len(server.messages)
         reply = client.message(stuffed(message))
         name_in_log = re.escape(f"from={name}, to=b@example.com")
-        assert told.status == daemon.wait_log(rf"{name_in_log}, status=(.*)$")[1]
-        if told.reply == "the server's":
+        assert result.status == daemon.wait_log(rf"{name_in_log}, status=(.*)$")[1]
+        if result.reply == "the server's":
             assert reply == QUEUED
             sent = unstuffed(server.messages[accepted].data)
-            assert told.changes == changes_between(told.name, message, sent)
+            assert result.changes == changes_between(result.name, message, sent)
         else:
-            assert reply.decode() == told.reply + "\r\n"
+            assert reply.decode() == result.reply + "\r\n"
             assert len(server.messages) == accepted
         found, expected = (
-            environment(stage.place / f"{who}.{name}")
-            for who in ("rehearsal", "daemon")
+            saved_environment(workspace.place / f"{who}.{name}")
+            for who in ("dry_run", "daemon")
         )
         assert found.keys() | {MARKER.encode()} == expected.keys()
         differing = {v for v in found if found[v] != expected[v]}
@@ -832,17 +829,17 @@ def test_daemon_says_the_same(
 
 
 class Running:
-    """A rehearsal under way, with its output in a pipe."""
+    """A dry run under way, with its output in a pipe."""
 
-    def __init__(self, stage: Stage, command: Sequence[str]) -> None:
-        self._tempdir, self._mark = stage.tempdir, uuid.uuid4().hex
+    def __init__(self, workspace: Workspace, command: Sequence[str]) -> None:
+        self._tempdir, self._mark = workspace.tempdir, uuid.uuid4().hex
         self.process: subprocess.Popen[bytes] = subprocess.Popen(
             # Of a shell's background job the signal is ignored.
             ["env", "--default-signal=INT", *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            cwd=stage.place,
+            cwd=workspace.place,
             env={**os.environ, MARKER: self._mark},
         )
 
@@ -883,8 +880,8 @@ Start = Callable[..., Running]
 
 
 @pytest.fixture
-def start(stage: Stage) -> Iterator[Start]:
-    """Starts a rehearsal of these settings and messages."""
+def start(workspace: Workspace) -> Iterator[Start]:
+    """Starts a dry run of these settings and messages."""
     with contextlib.ExitStack() as at_end:
 
         def start(
@@ -892,7 +889,9 @@ def start(stage: Stage) -> Iterator[Start]:
             *messages: Union[bytes, str],
             level: int | None = 4,
         ) -> Running:
-            running = Running(stage, stage.command(settings, *messages, level=level))
+            running = Running(
+                workspace, workspace.command(settings, *messages, level=level)
+            )
             return at_end.enter_context(contextlib.closing(running))
 
         yield start
@@ -918,7 +917,7 @@ def test_reader_that_has_seen_enough(start: Start, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("defence", ["", "trap '' TERM; "], ids=["", "SIGTERM ignored"])
 def test_interrupt(kind: str, defence: str, start: Start, tmp_path: Path) -> None:
-    """The filter is ended with all of its processes, and nothing more is played."""
+    """The filter is ended with all of its processes; the next message is not run."""
     ready = tmp_path / "ready"
     command = f"{defence}sleep 60 & : >{ready}; wait"
     settings = {"FilterCommand": command, "FilterType": kind}
@@ -974,24 +973,26 @@ def test_termination(number: signal.Signals, start: Start, tmp_path: Path) -> No
 # --- Standard descriptors that are not as usual ---
 
 
-def with_descriptors(stage: Stage, arguments: Sequence[str], how: str) -> Rehearsed:
+def with_descriptors(
+    workspace: Workspace, arguments: Sequence[str], how: str
+) -> DryRun:
     """Run the program with what the shell makes of its descriptors."""
     process = subprocess.run(
         ["sh", "-c", f'exec "$@" {how}', "sh", *arguments],
         check=False,
         capture_output=True,
         timeout=PATIENCE,
-        cwd=stage.place,
+        cwd=workspace.place,
     )
     errors = process.stderr.decode()
     assert TRACEBACK not in errors, errors
     assert "Exception" not in errors, errors
-    return Rehearsed(process.returncode, process.stdout.decode(), errors)
+    return DryRun(process.returncode, process.stdout.decode(), errors)
 
 
-def test_no_standard_input(stage: Stage) -> None:
-    command = stage.command({"FilterCommand": "sed s/Hello/Goodbye/"}, MESSAGE)
-    result = with_descriptors(stage, command, "<&-")
+def test_no_standard_input(workspace: Workspace) -> None:
+    command = workspace.command({"FilterCommand": "sed s/Hello/Goodbye/"}, MESSAGE)
+    result = with_descriptors(workspace, command, "<&-")
     assert (result.exit_status, result.counts) == (0, {"passed": 1})
     assert result.only.changes[-2:] == ["-Hello", "+Goodbye"]
 
@@ -1002,14 +1003,16 @@ def test_no_standard_input(stage: Stage) -> None:
     ids=["no input", "no output", "full output"],
 )
 def test_descriptor_that_is_missing_or_full(
-    how: str, message: Union[bytes, str], exit_status: int, stage: Stage
+    how: str, message: Union[bytes, str], exit_status: int, workspace: Workspace
 ) -> None:
-    command = stage.command({"FilterCommand": "cat"}, message)
-    assert with_descriptors(stage, command, how).exit_status == exit_status
+    command = workspace.command({"FilterCommand": "cat"}, message)
+    assert with_descriptors(workspace, command, how).exit_status == exit_status
 
 
-def test_check_with_full_output(stage: Stage) -> None:
-    result = with_descriptors(stage, stage.command({"OutAddress": 25}), ">/dev/full")
+def test_check_with_full_output(workspace: Workspace) -> None:
+    result = with_descriptors(
+        workspace, workspace.command({"OutAddress": 25}), ">/dev/full"
+    )
     assert result.exit_status == 1
     assert re.fullmatch(
         r"proxsmtpd: couldn't write to standard output: No space left on device",
@@ -1018,64 +1021,66 @@ def test_check_with_full_output(stage: Stage) -> None:
 
 
 @pytest.mark.parametrize("how", [">&-", "<&- >&-", "<&- 2>&-"])
-def test_check_with_descriptors_closed(how: str, stage: Stage) -> None:
-    command = stage.command({"OutAddress": 25})
-    assert with_descriptors(stage, command, how).exit_status == 0
+def test_check_with_descriptors_closed(how: str, workspace: Workspace) -> None:
+    command = workspace.command({"OutAddress": 25})
+    assert with_descriptors(workspace, command, how).exit_status == 0
 
 
-def test_filter_runs_where_the_daemons_does(stage: Stage) -> None:
+def test_filter_runs_where_the_daemons_does(workspace: Workspace) -> None:
     """In / unless -d keeps the daemon where it is; messages are the caller's."""
-    saved = stage.place / "directory"
-    (stage.place / "here.eml").write_bytes(MESSAGE)
+    saved = workspace.place / "directory"
+    (workspace.place / "here.eml").write_bytes(MESSAGE)
     settings = {"FilterCommand": f"pwd >{saved}; env | grep ^PWD= >>{saved}; cat"}
-    for level, directory in (None, "/"), (1, str(stage.place)):
-        command = stage.command(settings, level=level)
-        result = with_descriptors(stage, [*command, "here.eml"], "")
+    for level, directory in (None, "/"), (1, str(workspace.place)):
+        command = workspace.command(settings, level=level)
+        result = with_descriptors(workspace, [*command, "here.eml"], "")
         assert result.counts == {"passed": 1}
         assert saved.read_text() == f"{directory}\nPWD={directory}\n"
 
 
-def test_check_in_limited_time(stage: Stage, make_server: MakeServer) -> None:
+def test_check_in_limited_time(workspace: Workspace, make_server: MakeServer) -> None:
     """Whatever the server does, and however slowly."""
     drops = [b"220-x\r\n"] * 100
     server = make_server({"GREETING": Chunks(drops, 0.5)})
-    command = stage.command({"OutAddress": server.address})
+    command = workspace.command({"OutAddress": server.address})
     begin = time.monotonic()
-    result = with_descriptors(stage, command, "")
+    result = with_descriptors(workspace, command, "")
     assert time.monotonic() - begin < 6
     assert re.search(r"does not talk SMTP: .*timed out$", result.errors, re.M)
     assert result.exit_status == 0
 
 
-def test_filter_gets_no_descriptor_of_the_callers(stage: Stage) -> None:
+def test_filter_gets_no_descriptor_of_the_callers(workspace: Workspace) -> None:
     """A filter has three, as in the daemon."""
-    saved = stage.place / "descriptors"
-    command = stage.command({"FilterCommand": f"ls /proc/$$/fd >{saved}; cat"}, MESSAGE)
-    assert with_descriptors(stage, command, "7</dev/null").counts == {"passed": 1}
+    saved = workspace.place / "descriptors"
+    command = workspace.command(
+        {"FilterCommand": f"ls /proc/$$/fd >{saved}; cat"}, MESSAGE
+    )
+    assert with_descriptors(workspace, command, "7</dev/null").counts == {"passed": 1}
     assert "7" not in saved.read_text().split()
 
 
 # --- The command line ---
 
 
-def test_configuration_that_is_wrong(rehearse: Rehearse) -> None:
-    result = rehearse({"FilterCommand": "cat", "FilterMode": "look"}, MESSAGE)
+def test_configuration_that_is_wrong(dry_run: StartDryRun) -> None:
+    result = dry_run({"FilterCommand": "cat", "FilterMode": "look"}, MESSAGE)
     assert (result.exit_status, result.output) == (2, "")
     expected = "invalid value for FilterMode (must specify 'enforce' or 'observe')"
     assert result.errors.endswith(f": {expected}\n")
 
 
-def test_levels(stage: Stage) -> None:
+def test_levels(workspace: Workspace) -> None:
     """More of the log is on standard error."""
-    command = stage.command({"FilterCommand": "cat"}, MESSAGE, level=4)
-    result = with_descriptors(stage, command, "")
+    command = workspace.command({"FilterCommand": "cat"}, MESSAGE, level=4)
+    result = with_descriptors(workspace, command, "")
     assert result.counts == {"passed": 1}
     assert re.search(r"^proxsmtpd: executed filter command: cat ", result.errors, re.M)
 
 
-def test_rehearsal_needs_no_server(rehearse: Rehearse, server: ScriptedServer) -> None:
+def test_dry_run_needs_no_server(dry_run: StartDryRun, server: ScriptedServer) -> None:
     settings = {"FilterCommand": "cat", "OutAddress": server.address, "XClient": "on"}
-    result = rehearse(settings, MESSAGE)
+    result = dry_run(settings, MESSAGE)
     assert (result.exit_status, result.errors) == (0, "")
     assert server.connections == []
 
@@ -1139,14 +1144,14 @@ SERVERS = {
 
 
 def check(
-    rehearse: Rehearse, settings: Mapping[str, object], most: float = 15
+    dry_run: StartDryRun, settings: Mapping[str, object], most: float = 15
 ) -> list[str]:
     """What `-t` warns of, about OutAddress; nothing of it changes its exit status.
 
     It has done so within `most` seconds.
     """
     begun = time.monotonic()
-    result = rehearse(settings)
+    result = dry_run(settings)
     assert time.monotonic() - begun < most
     assert (result.exit_status, result.output) == (0, "configuration is OK\n")
     lines = result.errors.splitlines()
@@ -1156,10 +1161,10 @@ def check(
 
 
 @pytest.mark.parametrize("name", SERVERS)
-def test_server(name: str, make_server: MakeServer, rehearse: Rehearse) -> None:
+def test_server(name: str, make_server: MakeServer, dry_run: StartDryRun) -> None:
     case = SERVERS[name]
     server = make_server(case.script, extensions=case.extensions)
-    warnings = check(rehearse, {"OutAddress": server.address, **case.settings})
+    warnings = check(dry_run, {"OutAddress": server.address, **case.settings})
     assert len(warnings) == len(case.warnings), warnings
     for warning, pattern in zip(warnings, case.warnings):
         assert re.fullmatch(pattern, warning)
@@ -1167,53 +1172,53 @@ def test_server(name: str, make_server: MakeServer, rehearse: Rehearse) -> None:
 
 
 def test_server_is_left_in_good_order(
-    server: ScriptedServer, rehearse: Rehearse
+    server: ScriptedServer, dry_run: StartDryRun
 ) -> None:
-    assert check(rehearse, {"OutAddress": server.address}) == []
+    assert check(dry_run, {"OutAddress": server.address}) == []
     connection = server.wait_connection()
     server.wait_for(lambda: connection.closed)
     assert connection.lines == [b"EHLO smtp.passthru", b"QUIT"]
 
 
-def test_server_that_is_not_there(rehearse: Rehearse, tmp_path: Path) -> None:
+def test_server_that_is_not_there(dry_run: StartDryRun, tmp_path: Path) -> None:
     refused = ["cannot be connected to: Connection refused"]
-    assert check(rehearse, {"OutAddress": f"127.0.0.1:{free_port()}"}) == refused
+    assert check(dry_run, {"OutAddress": f"127.0.0.1:{free_port()}"}) == refused
     missing = ["cannot be connected to: No such file or directory"]
-    assert check(rehearse, {"OutAddress": tmp_path / "nowhere"}) == missing
+    assert check(dry_run, {"OutAddress": tmp_path / "nowhere"}) == missing
 
 
 def test_server_at_a_unix_socket(
-    make_server: MakeServer, rehearse: Rehearse, tmp_path: Path
+    make_server: MakeServer, dry_run: StartDryRun, tmp_path: Path
 ) -> None:
     server = make_server(host=str(tmp_path / "socket"), extensions=())
     settings = {"OutAddress": server.address, "FilterCommand": "cat"}
-    warnings = check(rehearse, settings)
+    warnings = check(dry_run, settings)
     assert warnings == ["does not offer XFORWARD"]
 
 
 @pytest.mark.parametrize("host", ["", "0.0.0.0:", "[::]:"])
 def test_port_alone_is_not_connected_to(
-    host: str, server: ScriptedServer, rehearse: Rehearse
+    host: str, server: ScriptedServer, dry_run: StartDryRun
 ) -> None:
     """It is the server of whoever will connect, and nobody has yet."""
-    assert check(rehearse, {"OutAddress": f"{host}{server.port}", **ALL}) == []
+    assert check(dry_run, {"OutAddress": f"{host}{server.port}", **ALL}) == []
     assert server.connections == []
 
 
 def test_transparent_proxy_has_no_server_of_its_own(
-    server: ScriptedServer, rehearse: Rehearse
+    server: ScriptedServer, dry_run: StartDryRun
 ) -> None:
-    result = rehearse({"TransparentProxy": "on", "OutAddress": server.address})
+    result = dry_run({"TransparentProxy": "on", "OutAddress": server.address})
     assert (result.exit_status, result.output) == (0, "configuration is OK\n")
     assert server.connections == []
 
 
 @pytest.mark.parametrize("greeting", [b"554 5.7.1 Not you\r\n", b"421 Too busy\r\n"])
 def test_server_that_does_not_want_us(
-    greeting: bytes, make_server: MakeServer, rehearse: Rehearse
+    greeting: bytes, make_server: MakeServer, dry_run: StartDryRun
 ) -> None:
     server = make_server({"GREETING": greeting, "EHLO": b"503 5.5.1 No\r\n"})
-    (warning,) = check(rehearse, {"OutAddress": server.address})
+    (warning,) = check(dry_run, {"OutAddress": server.address})
     assert greeting.decode().strip() in warning
 
 
