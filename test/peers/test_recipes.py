@@ -30,10 +30,10 @@ from helpers import (
     requires,
     reserve_port,
 )
+from manual import read
 from postfix import POSTFIX, PrivatePostfix, require_root, smtp, smtpd
 from recipes import (
     ACCOUNT,
-    MANUAL,
     RecipeRunner,
     own,
     public_directory,
@@ -614,7 +614,7 @@ def test_postfix_has_a_message_for_each_recipient(
     require_root()
     (limit,) = re.findall(
         r"^\.Dl (proxsmtpd_destination_recipient_limit) = (.*)",
-        MANUAL.read_text(),
+        read("proxsmtpd.8"),
         re.M,
     )
     with ExitStack() as held:

@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Callable
 
 from helpers import Daemon, StartDaemon, poll, port_of, reserve_port
+from manual import section, unescaped
 from smtp import ScriptedServer
 
-MANUAL = Path(__file__).resolve().parents[2] / "proxsmtpd.8"
-ESCAPES = {"\\&": "", "\\(dq": '"', "\\(ga": "`", "\\e": "\\"}
 FILTER = "/usr/local/libexec/filter"
 # In place of _proxsmtp: another account can be had by root only.
 ACCOUNT = "nobody" if os.geteuid() == 0 else pwd.getpwuid(os.geteuid()).pw_name
@@ -33,13 +32,9 @@ SLOW = 30.0  # seconds that a filter may take on a machine that is busy
 
 def blocks(title: str) -> list[str]:
     """The literal displays of one of the manual's subsections, as they are printed."""
-    subsection = rf"^\.Ss {re.escape(title)}\n(.*?)(?=^\.S[hs] )"
-    found = re.search(subsection, MANUAL.read_text(), re.M | re.S)
-    assert found, f"the manual has no subsection {title}"
-    displays = re.findall(r"^\.Bd -literal.*?\n(.*?)^\.Ed", found[1], re.M | re.S)
-    for escape, meaning in ESCAPES.items():
-        displays = [display.replace(escape, meaning) for display in displays]
-    return displays
+    source = section("proxsmtpd.8", title)
+    displays = re.findall(r"^\.Bd -literal.*?\n(.*?)^\.Ed", source, re.M | re.S)
+    return [unescaped(display) for display in displays]
 
 
 def recipe(title: str, words: str) -> str:
