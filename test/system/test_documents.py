@@ -133,7 +133,7 @@ def test_sample_says_no_more_than_what_is_required() -> None:
 
 def test_documents_have_the_examples_that_these_tests_are_about() -> None:
     assert {name: len(configurations(name)) for name in DOCUMENTS} == {
-        "proxsmtpd.8": 4,
+        "proxsmtpd.8": 6,
         "proxsmtpd.conf.5": 5,
         "README": 1,
         "proxsmtpd.conf.sample": 1,
@@ -191,26 +191,6 @@ def test_one_line_filter_of_the_manual_marks_the_subject_only(tmp_path: Path) ->
         MESSAGE.replace(b"Subject: Hello", b"Subject: [list] Hello"),
         b"",
     )
-
-
-@pytest.mark.parametrize(
-    ("scanner_says", "verdict"),
-    [
-        (0, (0, b"", b"")),
-        (1, (1, b"", b"550 5.7.1 This message contains a virus\n")),
-        (2, (1, b"", b"451 4.3.0 The virus scanner is not available\n")),
-        (127, (1, b"", b"451 4.3.0 The virus scanner is not available\n")),
-    ],
-)
-def test_virus_filter_of_the_manual(
-    scanner_says: int, verdict: tuple[int, bytes, bytes], tmp_path: Path
-) -> None:
-    scanner = tmp_path / "clamdscan"
-    scanner.write_text(f"#!/bin/sh\nexit {scanner_says}\n")
-    scanner.chmod(0o755)
-    script = script_with("proxsmtpd.8", "clamdscan")
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    assert run_script(script, tmp_path, PATH=path, EMAIL="message") == verdict
 
 
 def attachment(parameters: str, kind: str = "application/octet-stream") -> str:
