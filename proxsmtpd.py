@@ -79,6 +79,19 @@ USAGE = """\
 usage: proxsmtpd [-d debuglevel] [-f configfile] [-p pidfile]
        proxsmtpd -t [-d debuglevel] [-f configfile] [message ...]
        proxsmtpd -v"""
+HELP = f"""\
+{USAGE}
+
+  -d LEVEL  stay in the foreground and log to standard error: 0 errors,
+            1 warnings, 2 notices, 3 connections and messages, 4 all
+  -f FILE   the configuration ({CONFIG_FILE})
+  -p FILE   where to write the process number
+  -t        check the configuration; with MESSAGE files (- is standard input)
+            show what the filter makes of them
+  -v, --version  print the version
+  -h, --help     print this
+
+See proxsmtpd(8) and proxsmtpd.conf(5)."""
 
 IS_LINUX = sys.platform == "linux"
 
@@ -134,7 +147,7 @@ LINGER_OCTETS = 16 * 1024 * 1024
 # Seconds at the daemon's end: for messages in their DATA phase, then for filters after
 # SIGTERM, then for sessions after SIGKILL.  Together less than the 5 after which
 # Debian's init script kills us, but not the filters.
-DATA_GRACE = 3.5
+DATA_GRACE = 3.2
 FILTER_GRACE = 1.0
 LAST_GRACE = 0.3
 TIMES_KEPT = 1000  # of the last messages, for the statistics
@@ -151,12 +164,14 @@ LOCK_PATIENCE = 0.1  # seconds for a lock whose holder may have been stopped
 WORKERS_GRACE = 0.4  # seconds from SIGQUIT to SIGKILL for the workers
 LATE_START_CHECK = 1.0  # seconds between checks for programs that do not begin
 ACCEPT_PAUSE = 0.2  # seconds without accepting when the system is exhausted
+SCRIPT_LOOKED_AT = 1024 * 1024  # octets of a filter that may use REMOTE
 FIRST_PASSED = 3  # SD_LISTEN_FDS_START
 DESCRIPTORS_APART = 32  # descriptors of the process besides the connections'
 DESCRIPTORS_EACH = 10  # descriptors of a connection with a filter
 MACOS_DESCRIPTORS = 10240  # OPEN_MAX, the highest limit that macOS accepts
 MOST_INHERITED = 65536  # descriptors to try where the system does not list them
 
+MESSAGE_ID_WITHIN = 16 * 1024  # octets of a message in which the field is looked for
 MAX_ERRORS = 100  # commands that we refuse in a session, before it ends
 MAX_ERRORS_IN_A_ROW = 20
 ADDRESS_SHOWN = 256  # characters of an address in the log line of a message
@@ -2440,17 +2455,17 @@ class ClientChannel(Channel):
         """See the function of that name."""
         return original_destination(self._socket, peer)
 
-    def linger(self) -> None:
-        """Wait until the client has read our last reply, or for `LINGER`.
+    def linger(self, seconds: float = LINGER) -> None:
+        """Wait until the client has read our last reply, or so many seconds.
 
         If we closed with octets unread, the connection would be reset, and the client's
         system would discard that reply.
         """
-        deadline = Deadline(LINGER)
+        deadline = Deadline(seconds)
         left = LINGER_OCTETS
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_WR)
-            set_timeout(self._socket, socket.SO_RCVTIMEO, LINGER)
+            set_timeout(self._socket, socket.SO_RCVTIMEO, seconds)
             while left > 0 and not deadline.has_passed:
                 octets = self._socket.recv(SMALL_BLOCK)
                 if not octets:
@@ -3868,6 +3883,7 @@ class Transaction:
         # The mail data as it comes in.
         self._is_invited = False  # the client, by 354
         self._reader = MailDataReader()
+        self._start = b""  # of the message, for its Message-ID
         self._watches_server = True  # while the client sends
         self._next_look = 0.0  # at the server and the shutdown
         self.size = 0  # of the message, in octets
@@ -3888,7 +3904,8 @@ class Transaction:
         self.reply: Optional[Reply] = None  # for the client; None: the server decides
         self.status = ""  # for the log
         self._is_open = True  # the mail transaction at the server
-        self._server_seconds = 0.0  # from the end of the mail data to its reply
+        self._server_reply: Optional[Reply] = None  # to DATA, or to the mail data
+        self._server_seconds = 0.0  # from the end of the mail data to that
         self._keep_alive = KeepAlive(0, self._send_noop)
 
     def close(self) -> None:
@@ -3918,6 +3935,7 @@ class Transaction:
             session.say_last_word(hangup)
             if hangup.reply is not None:
                 session.log_message(envelope, hangup.reply.text)
+                self._log.info(self._describe(envelope))
             else:
                 self._log.warning("unexpected end of data from client")
             raise
@@ -3928,6 +3946,7 @@ class Transaction:
         session.answer(reply)
         session.client.flush()
         session.log_message(envelope, self.status)
+        self._log.info(self._describe(envelope))
         if self._log.is_debug:
             whole = time.monotonic() - self._begun
             text = "took {:.3f} s: filter {:.3f} s, server {:.3f} s"
@@ -3960,6 +3979,25 @@ class Transaction:
                 self.status = Status.FILTER_ERROR
             return failure.reply
 
+    def _describe(self, envelope: Envelope) -> str:
+        """Return a log line by which a message is found in other logs.
+
+        It has the size in octets, the seconds that the filter and the server took, and
+        the server's reply, which often names the message in the server's log.
+        """
+        fields = [f"size={self.size}"]
+        found = _MESSAGE_ID.search(self._start)
+        if found is not None:
+            fields.insert(0, f"message-id={loggable_address(found[1])}")
+        if envelope.remote:
+            fields.append(f"remote={loggable_address(envelope.remote)}")
+        if self.filter_seconds:
+            fields.append(f"filter={self.filter_seconds:.3f}")
+        if self._server_reply is not None:
+            fields.append(f"server={self._server_seconds:.3f}")
+            fields.append(f"reply={self._server_reply.text}")
+        return ", ".join(fields)
+
     # From the client
 
     def _invite(self, reply: Reply) -> None:
@@ -3972,6 +4010,8 @@ class Transaction:
         """Yield the message as it comes; `Refusal` (552) if it gets too large."""
         limit = self._config.max_message_size or math.inf
         for block in self._blocks():
+            if self.size < MESSAGE_ID_WITHIN:
+                self._start += block[: MESSAGE_ID_WITHIN - self.size]
             self.size += len(block)
             if self.size > limit:
                 raise Refusal(TOO_LARGE)
@@ -4145,7 +4185,7 @@ class Transaction:
         `is_stream` says that the message still has to come from the client.
         """
         server = self._session.server
-        reply = server.ask_for_data()
+        reply = self._server_reply = server.ask_for_data()
         if reply.code == 354:
             blocks = self.message.blocks() if not is_stream else self._incoming()
             if is_stream:
@@ -4182,7 +4222,7 @@ class Transaction:
         server.send(pending + writer.finish())
         self._log.debug("sent email data")
         sent = time.monotonic()
-        reply = server.read_reply()
+        reply = self._server_reply = server.read_reply()
         self._server_seconds = time.monotonic() - sent
         if not reply.is_success and not reply.is_refusal:
             raise server.confused(reply)
@@ -4201,6 +4241,12 @@ class Transaction:
         if not reply.is_success:
             raise ServerLost(f"SERVER: refused RSET: {reply.text}", SERVER_CONFUSED)
 
+
+# In the header section, perhaps folded (RFC 5322 section 3.6.4).
+_MESSAGE_ID = re.compile(
+    rb"\A(?:[^\r\n]+\r?\n)*?message-id[ \t]*:[ \t]*(?:\r?\n[ \t]+)?(<[^\r\n]*>)",
+    re.IGNORECASE,
+)
 
 # SIGTERM, also as a shell reports it.
 _WAS_ENDED = frozenset((-signal.SIGTERM, 128 + signal.SIGTERM))
@@ -4290,7 +4336,8 @@ class Session:
             self.say_last_word(hangup)
             self.log.write(hangup.level, str(hangup))
             if hangup.reply is not None:
-                self.client.linger()
+                is_late = self.shared.shutdown.stopping.is_set
+                self.client.linger(LAST_GRACE if is_late else LINGER)
         self.client.close()
 
     def say_last_word(self, hangup: Hangup) -> None:
@@ -5103,14 +5150,17 @@ class Supervisor:
         gc.freeze()  # so that the workers share more memory
         for number in range(process_count(self._daemon.config)):
             self._fork(number)
-        while not self._signals.count:
-            is_complete = self._replace()
-            if self._signals.take_report():
-                self._report()
-            if self._signals.take_reload():
-                self._reload()
-            self._watch(None if is_complete else FORK_PAUSE)
-        self.end()
+        try:
+            while not self._signals.count:
+                is_complete = self._replace()
+                self._watch(None if is_complete else FORK_PAUSE)
+                if self._signals.take_report():
+                    self._report()
+                if self._signals.take_reload():
+                    self._reload()
+        finally:
+            self._daemon.notify_end()
+            self.end()
 
     # Workers
 
@@ -5296,15 +5346,18 @@ def serve_alone(daemon: Daemon) -> None:
     """Serve connections without workers until a signal ends the daemon."""
     listener, signals = daemon.listener, daemon.signals
     listener.shared.affinity.pin(os.getpid())
-    while not signals.count:
-        listener.serve()
-        if signals.take_report():
-            statistics = listener.shared.statistics
-            statistics.note_resources()
-            log_report(statistics, daemon.limit, daemon.log)
-        if signals.take_reload() and daemon.reload():
-            listener.attach(listener.shared.with_config(daemon.config), signals)
-    listener.end()
+    try:
+        while not signals.count:
+            listener.serve()
+            if signals.take_report():
+                statistics = listener.shared.statistics
+                statistics.note_resources()
+                log_report(statistics, daemon.limit, daemon.log)
+            if signals.take_reload() and daemon.reload():
+                listener.attach(listener.shared.with_config(daemon.config), signals)
+    finally:
+        daemon.notify_end()
+        listener.end()
 
 
 def log_report(statistics: Statistics, limit: ConnectionLimit, log: Log) -> None:
@@ -5988,12 +6041,22 @@ def server_warnings(config: Config) -> list[str]:
         return [f"{name} cannot be connected to: {reason(error)}"]
     except ServerLost as error:
         return [f"{name} does not talk SMTP: {error}"]
-    wanted = {b"XCLIENT": config.xclient, b"XFORWARD": bool(config.filter_command)}
+    wanted = {b"XCLIENT": config.xclient, b"XFORWARD": uses_remote(config)}
     return [
         f"{name} does not offer {extension.decode()}"
         for extension, is_wanted in wanted.items()
         if is_wanted and offered_attributes(hello, extension) is None
     ]
+
+
+def uses_remote(config: Config) -> bool:
+    """Return whether the filter has a use for XFORWARD, as far as its text shows."""
+    if "REMOTE" in config.filter_command:
+        return True
+    for place in places_of(to_octets(program_of(config.filter_command))):
+        with contextlib.suppress(OSError), open(place, "rb") as file:
+            return b"REMOTE" in file.read(SCRIPT_LOOKED_AT)
+    return False
 
 
 # ---------------------------------------------------------------------------
@@ -6166,13 +6229,13 @@ class Options(NamedTuple):
     pid_file: str = ""
     check: bool = False
     messages: Sequence[str] = ()  # for a dry run
-    version: bool = False
+    text: str = ""  # to print, and do nothing else
 
 
 def parse_options(arguments: Sequence[str]) -> Options:
     """Parse the command line without its first word; raises `UsageError`."""
     try:
-        pairs, rest = getopt.getopt(list(arguments), "d:f:p:tv")
+        pairs, rest = getopt.getopt(list(arguments), "d:f:hp:tv", ["help", "version"])
     except getopt.GetoptError as error:
         raise UsageError(error.msg, USAGE) from error
     options = Options(messages=rest)
@@ -6187,8 +6250,11 @@ def parse_options(arguments: Sequence[str]) -> Options:
             options = options._replace(pid_file=value)
         elif flag == "-t":
             options = options._replace(check=True)
+        elif flag in ("-h", "--help"):
+            return Options(text=HELP)
         else:
-            options = options._replace(version=True)
+            text = f"{NAME} (version {VERSION})\n          (config: {CONFIG_FILE})"
+            options = options._replace(text=text)
     if rest and not options.check:
         raise UsageError(USAGE)
     return options
@@ -6207,9 +6273,8 @@ def main(arguments: Sequence[str]) -> int:
                 os.write(2, f"{line}\n".encode())
         return 2
     log = make_log(options)
-    if options.version:
-        text = f"{NAME} (version {VERSION})\n          (config: {CONFIG_FILE})"
-        return print_answer(text, log)
+    if options.text:
+        return print_answer(options.text, log)
     try:
         return carry_out(options, log)
     except SystemRefused as error:
@@ -6240,7 +6305,7 @@ def make_log(options: Options) -> Log:
     """Return the log for the start; a daemon leaves standard error later."""
     if options.debug_level is not None:
         return Log(options.debug_level, to_standard_error)
-    if options.check or options.version:
+    if options.check or options.text:
         return Log(WARNING, to_standard_error)
     syslog.openlog(NAME, 0, syslog.LOG_MAIL)
     return Log(INFO, to_standard_error, to_syslog)
@@ -6332,7 +6397,6 @@ class Daemon:
                 # The parent of a daemon has not reported success yet.
                 return 1 if self._is_detached else 0
             sys.excepthook = functools.partial(log_fault, self.log)
-            at_end.callback(self._manager.tell, b"STOPPING=1")
             if supervisor is None:
                 serve_alone(self)
             else:
@@ -6383,6 +6447,10 @@ class Daemon:
         end_now = (supervisor or self.listener).end_now
         self.signals.on_end(functools.partial(end_at_once, end_now, at_end))
         return supervisor
+
+    def notify_end(self) -> None:
+        """Tell the service manager that the daemon is about to end."""
+        self._manager.tell(b"STOPPING=1")
 
     def _log_warnings(self) -> None:
         """Log what is probably not meant, but no reason not to start."""

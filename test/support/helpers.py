@@ -183,6 +183,14 @@ def open_files(pid: int) -> dict[Path, str]:
     return found
 
 
+def children(pid: int) -> list[int]:
+    """The processes that a process has started, in the order of their start."""
+    with contextlib.suppress(FileNotFoundError):
+        text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+        return [int(word) for word in text.split()]
+    return []
+
+
 def is_listening(address: str) -> bool:
     """Return whether somebody listens there, found out without connecting."""
     if address.startswith("/"):

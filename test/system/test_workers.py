@@ -24,6 +24,7 @@ from helpers import (
     MakeFilter,
     MakeServer,
     StartDaemon,
+    children,
     is_listening,
     poll,
     port_of,
@@ -36,14 +37,6 @@ from smtp import Delay, RawClient, ScriptedServer
 PROCESSORS = os.sched_getaffinity(0) if sys.platform == "linux" else {0}
 ACTIVATE = "/usr/bin/systemd-socket-activate"
 TRANSACTION = b"EHLO c.example\r\nMAIL FROM:<a@b.example>\r\nRCPT TO:<c@d.example>\r\n"
-
-
-def children(pid: int) -> list[int]:
-    """The processes that a process has started, in the order of their start."""
-    with contextlib.suppress(FileNotFoundError):
-        text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-        return [int(word) for word in text.split()]
-    return []
 
 
 def workers(daemon: Daemon, count: int) -> list[int]:
