@@ -1324,7 +1324,8 @@ def test_syslog(detach: Detach, place: Path) -> None:
         while not records or b"status=FILTER-ERROR" not in records[-1]:
             records.append(log.recv(65536))
         os.kill(daemon.pid, signal.SIGUSR1)
-        records.append(log.recv(65536))
+        while b": statistics: " not in records[-1]:
+            records.append(log.recv(65536))
         daemon.end()
     form = rb"<(\d+)>[A-Z][a-z]{2} [ \d]\d \d\d:\d\d:\d\d proxsmtpd(\[\d+\])?: .*"
     found = [re.fullmatch(form, record.rstrip(b"\0\n")) for record in records]
