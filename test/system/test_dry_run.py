@@ -1087,7 +1087,8 @@ def test_dry_run_needs_no_server(dry_run: StartDryRun, server: ScriptedServer) -
 
 NO_XFORWARD = tuple(e for e in EXTENSIONS if not e.startswith(b"XFORWARD"))
 XCLIENT = (*EXTENSIONS, b"XCLIENT NAME ADDR")
-ALL = {"XClient": "on", "FilterCommand": "cat"}
+ASKING = ': "$REMOTE"; cat'  # a filter that uses what XFORWARD brings
+ALL = {"XClient": "on", "FilterCommand": ASKING}
 NO_SMTP = "does not talk SMTP: .*"
 
 
@@ -1106,7 +1107,10 @@ SERVERS = {
     "needs nothing": ServerCase({}, (), {}),
     "no XCLIENT": ServerCase({}, EXTENSIONS, ALL, ["does not offer XCLIENT"]),
     "no XFORWARD": ServerCase(
-        {}, NO_XFORWARD, {"FilterCommand": "cat"}, ["does not offer XFORWARD"]
+        {}, NO_XFORWARD, {"FilterCommand": ASKING}, ["does not offer XFORWARD"]
+    ),
+    "no XFORWARD, and no use for it": ServerCase(
+        {}, NO_XFORWARD, {"FilterCommand": "cat"}
     ),
     "neither": ServerCase(
         {}, (), ALL, ["does not offer XCLIENT", "does not offer XFORWARD"]
@@ -1189,7 +1193,10 @@ def test_server_at_a_unix_socket(
     make_server: MakeServer, dry_run: StartDryRun, tmp_path: Path
 ) -> None:
     server = make_server(host=str(tmp_path / "socket"), extensions=())
-    settings = {"OutAddress": server.address, "FilterCommand": "cat"}
+    script = tmp_path / "filter"
+    script.write_text('#!/bin/sh\nexec echo "$REMOTE"\n')
+    script.chmod(0o755)
+    settings = {"OutAddress": server.address, "FilterCommand": script}
     warnings = check(dry_run, settings)
     assert warnings == ["does not offer XFORWARD"]
 
