@@ -17,7 +17,7 @@ SYSCONFDIR = $(PREFIX)/etc
 MANDIR = $(PREFIX)/share/man
 DESTDIR =
 PYTEST_ARGS =
-JOBS = --numprocesses 4 --dist loadgroup
+JOBS = --numprocesses 8
 BENCH_ARGS =
 MINUTES = 3
 
