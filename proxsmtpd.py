@@ -3208,7 +3208,7 @@ class FilterRun:
         self._given = 0  # octets of `source` that the filter has taken
         self._last_line = LastLine()
         self._timeout = 0.0  # seconds between signs of life
-        self._deadline = math.inf  # of the next one
+        self._deadline = Deadline(math.inf)  # of the next one
         self._waiter: Optional[threading.Thread] = None
         self._exit_status: Optional[int] = None
         # What follows is under the lock: the main thread may end a run, too, and a
@@ -3237,7 +3237,7 @@ class FilterRun:
         `FilterFailure` if it passes, the system refuses or the daemon ends.
         """
         self._timeout = timeout
-        self._deadline = time.monotonic() + timeout
+        self._deadline = Deadline(timeout)
         try:
             with contextlib.ExitStack() as child_ends:
                 self._spawn(command, environment, self._make_pipes(child_ends))
@@ -3248,7 +3248,7 @@ class FilterRun:
             raise FilterFailure(f"couldn't start filter command: {text}") from error
         self._log.debug(f"executed filter command: {shown(command)} (pid: {self._pid})")
         self._shared.shutdown.check()
-        if time.monotonic() >= self._deadline:
+        if self._deadline.has_passed:
             raise FilterFailure("timeout while starting filter command")
 
     def _make_pipes(self, child_ends: contextlib.ExitStack) -> list[int]:
@@ -3359,7 +3359,7 @@ class FilterRun:
         passed, the daemon ends, or TempDirectory fails (`SpoolFailure`).
         """
         while self._is_running():
-            left = max(0.0, self._deadline - time.monotonic())
+            left = self._deadline.left
             has_moved = False
             wait = keep_alive.cut(min(left, END_CHECK))
             for descriptor, _ in self._poller.poll(wait * 1000):
@@ -3371,7 +3371,7 @@ class FilterRun:
                 else:
                     has_moved |= self._take(descriptor)
             if has_moved:
-                self._deadline = time.monotonic() + self._timeout
+                self._deadline = Deadline(self._timeout)
             elif not left:  # and poll was asked: the server may have held us up
                 raise FilterFailure("timeout while listening to filter command")
             if self._end not in self._open:
@@ -3461,7 +3461,7 @@ class FilterRun:
     def end_late_start(self) -> None:
         """Kill a program that has not begun in time, so that its thread goes on."""
         with self._lock:
-            if self._starter and time.monotonic() >= self._deadline:
+            if self._starter and self._deadline.has_passed:
                 kill_children(self._starter)
 
     def _signal_all(self, number: int) -> None:
@@ -4960,16 +4960,6 @@ class Listener(socketserver.ThreadingTCPServer):
             if self._is_closing:
                 self._signals.wake()
 
-    def run_session(self, number: int, request: Any, sockaddr: Any) -> None:
-        """Run the session of a connection, in its thread."""
-        try:
-            session = Session(number, request, sockaddr, self.shared)
-        except OSError as error:
-            # Some systems report only now that the client has gone.
-            self._log.debug(f"{number:06X}: client gone: {reason(error)}")
-        else:
-            session.run()
-
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
         """Refuse a client whose session failed by a fault of ours."""
         self._refuse(request, NO_RESOURCES)
@@ -5044,13 +5034,20 @@ class Listener(socketserver.ThreadingTCPServer):
 
 
 class SessionHandler(socketserver.BaseRequestHandler):
-    """What socketserver calls in the thread of a connection."""
+    """Runs the session of a connection, in its thread."""
 
     server: Listener
 
     def handle(self) -> None:
         number, sockaddr = self.client_address
-        self.server.run_session(number, self.request, sockaddr)
+        shared = self.server.shared
+        try:
+            session = Session(number, self.request, sockaddr, shared)
+        except OSError as error:
+            # Some systems report only now that the client has gone.
+            shared.log.debug(f"{number:06X}: client gone: {reason(error)}")
+        else:
+            session.run()
 
 
 # accept reports what happened to a connection while it waited (accept(2)).
