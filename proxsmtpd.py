@@ -16,19 +16,22 @@ and its exit decides.  The server gets DATA and the filtered message only if the
 agrees, and the client gets 250 only if the server has accepted.  Without a filter the
 mail data streams through in large blocks.
 
-Threads.  The main thread owns the listening socket, the signals and the pid file.  A
-session's thread owns its two sockets, its spools and its filter.  They have `Shared`
-in common: the configuration, the log, the statistics, and `Shutdown`, by which the main
-thread ends sessions and filters.
+Processes.  `Daemon` starts: it binds, writes the pid file, drops privileges.  Then it
+serves alone, or a `Supervisor` forks workers that share its listening socket, each for
+one processor.  In each process the main thread accepts connections and handles signals;
+a session's thread owns its two sockets, its spools and its filter.  The sessions of a
+process have `Shared` in common, with `Shutdown`, which ends them and their filters; all
+processes have `ConnectionLimit` in common.
 
 Where to begin reading: `VERBS` and `Session` are the dialogue, `Transaction` is the
-message, `FilterRun` the filter, `SETTINGS` the configuration, `main` the process.  What
-comes before the section "The log" computes only: no socket, no clock, no file.  Octets
-on the wire are bytes; configuration and log are str.
+message, `FilterRun` the filter, `SETTINGS` the configuration, `Daemon` the process.  The
+sections before "The log" do no input and output.  Octets on the wire are bytes;
+configuration and log are str.
 
 To add a setting: a row in `SETTINGS`, an attribute of `Config`.  A verb: a row in
 `VERBS`, and a method of `Session` if no handler fits.  A reply: a constant below
-"Replies".  Each has an entry in the manuals; `make check` names what is missing.
+"Replies".  Each has an entry in the manuals, a setting also in the sample; `make check`
+names what is missing.
 """
 
 from __future__ import annotations
@@ -145,8 +148,8 @@ REPLY_HOLD = 0.5  # seconds to hold pipelined replies back while the server is s
 LINGER = 2.0  # seconds for a client to read our last reply
 LINGER_OCTETS = 16 * 1024 * 1024
 # Seconds at the daemon's end: for messages in their DATA phase, then for filters after
-# SIGTERM, then for sessions after SIGKILL.  Together less than the 5 after which
-# Debian's init script kills us, but not the filters.
+# SIGTERM, then for sessions after SIGKILL.  Together less than 5: then Debian's init
+# script kills us, but not the filters.
 DATA_GRACE = 3.2
 FILTER_GRACE = 1.0
 LAST_GRACE = 0.3
@@ -154,8 +157,8 @@ TIMES_KEPT = 1000  # of the last messages, for the statistics
 KILL_GRACE = 2.0  # seconds between SIGTERM and SIGKILL
 GROUP_CHECK = 0.05  # seconds between checks of what is left of process groups
 END_CHECK = 0.5  # seconds between checks for the shutdown while a filter runs
-# Seconds to wait for a stop signal that the filter may have got a moment earlier.  Each
-# rejection without a code is delayed so long.
+# Seconds to wait for SIGTERM before an uncoded verdict is trusted: systemd may have
+# signalled the filter first.
 STOP_NOTICE = 0.2
 CONNECTIONS_EACH = 8  # connections that are worth a process (Processes: auto)
 FORK_PAUSE = 0.25  # seconds between two workers that replace others
@@ -484,12 +487,16 @@ _PLAIN_VERB = re.compile(rb"[!-~]*")
 
 
 class Match(Enum):
-    """How a word becomes a verb, since servers differ in that."""
+    """Which other words a server may take for a verb.
 
-    EXACT = auto()  # only the verb itself
-    # Some servers compare four letters only, some take abbreviations.
-    GUARDED = auto()  # the verb itself; what a server might take for it is refused
-    PREFIX = auto()  # any word with its first four letters; abbreviations are refused
+    Some servers compare four letters only, some take abbreviations.
+    """
+
+    EXACT = auto()  # none that matters
+    GUARDED = auto()  # such words are refused
+    PREFIX = (
+        auto()
+    )  # words with its first four letters are the verb, shorter are refused
 
 
 class Verb(NamedTuple):
@@ -1365,8 +1372,8 @@ def _stuff_after_nuls(octets: bytes) -> bytes:
     octets = octets.replace(b"\n\0.", b"\n.\0.")
     if b"\n\0\0" not in octets or b"\0\0." not in octets:
         return octets
-    # CR NUL is free to be a mark, which goes from the dot to the first of its NULs:
-    # a regular expression that finds these takes ten times as long.
+    # CR NUL, which cannot occur here, marks the dot and is moved back over its NULs.
+    # A regular expression that finds these takes ten times as long.
     octets = octets.replace(b"\0\0.", b"\r\0\0.")
     if b"\0\r\0" in octets:
         for number in (16, 8, 4, 2, 1):
@@ -1583,7 +1590,7 @@ class Envelope:
     def __init__(self) -> None:
         self.sender: Optional[bytes] = None
         self.recipients: list[bytes] = []
-        self.unlisted = 0  # recipients beyond these, where no filter has to know them
+        self.unlisted = 0  # recipients that did not fit; no filter needs them
         self.has_begun = False  # MAIL or RCPT came, even if it was refused
         self.remote: Optional[bytes] = None
         self.remote_helo: Optional[bytes] = None
@@ -1682,7 +1689,7 @@ FILTER_VARIABLES = (
 
 
 class Status:
-    """What the log says of a message that no reply refused.
+    """What the log says of a message, if not the reply that refused it.
 
     OBSERVED is followed by what FilterMode: observe kept from happening.
     """
@@ -1742,7 +1749,7 @@ class LastLine:
     def feed(self, octets: bytes) -> None:
         whole, newline, self._begun = (self._begun + octets).rpartition(b"\n")
         if newline:
-            # Blank lines do not replace the line before them.
+            # Blank lines do not count.
             line = whole.rstrip().rpartition(b"\n")[2].lstrip()
             self._whole = line[:LINE_KEPT] or self._whole
         self._begun = self._begun.lstrip()[:LINE_KEPT]
@@ -1756,9 +1763,9 @@ class LastLine:
 _UNPRINTABLE_TO_MARK = bytes.maketrans(
     bytes((*range(32), *range(127, 256))), b"?" * 161
 )
-# Exit statuses of a shell: its last command was killed, by the signal beyond 128;
+# 128 and a signal: the last command of a shell was killed.
 _SHELL_SAW_SIGNAL = range(129, 128 + 65)
-# the command could not be run, or not be found.
+# The shell could not run the command, or not find it.
 _SHELL_FOUND_NOTHING = (126, 127)
 # sysexits(3): EX_UNAVAILABLE to EX_TEMPFAIL, and EX_CONFIG.
 _CANNOT_WORK = (*range(69, 76), 78)
@@ -1879,14 +1886,13 @@ class Kind(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """One row of the configuration: its name in the file, its attribute of `Config`,
-    its default as it would stand in the file (empty: none), and what it takes.
-    """
+    """One row of the configuration."""
 
-    name: str
-    attribute: str
-    default: str
+    name: str  # in the file
+    attribute: str  # of `Config`
+    default: str  # as it would stand in the file; empty: none
     kind: Kind
+    needs_restart: bool = False  # SIGHUP does not change it
 
 
 _WHOLE_NUMBER = re.compile(r"\+?[0-9]+")
@@ -2000,7 +2006,11 @@ SETTINGS = (
     Setting("Header", "header", "", Kind(lambda text: to_octets(unescape(text)))),
     Setting("KeepAlives", "keep_alives", "0", _seconds(0)),
     Setting(
-        "Listen", "listen", str(DEFAULT_LISTEN_PORT), _address(DEFAULT_LISTEN_PORT)
+        "Listen",
+        "listen",
+        str(DEFAULT_LISTEN_PORT),
+        _address(DEFAULT_LISTEN_PORT),
+        needs_restart=True,
     ),
     Setting(
         "MaxConnections",
@@ -2010,7 +2020,7 @@ SETTINGS = (
     ),
     Setting("MaxMessageSize", "max_message_size", "0", _number("octets", 0)),
     Setting("OutAddress", "out_address", "", _address(DEFAULT_SERVER_PORT)),
-    Setting("PidFile", "pid_file", "", _ANY_TEXT),
+    Setting("PidFile", "pid_file", "", _ANY_TEXT, needs_restart=True),
     Setting(
         "Processes",
         "processes",
@@ -2028,7 +2038,7 @@ SETTINGS = (
         "temp_directory",
         "/tmp",
         Kind(
-            lambda text: os.path.abspath(to_octets(_nonempty(text))),
+            lambda text: to_octets(_nonempty(text)),
             "invalid setting: {name} (must be a directory)",
         ),
     ),
@@ -2044,12 +2054,14 @@ SETTINGS = (
                 **dict.fromkeys(_OFF, Transparency.OFF),
             },
         ),
+        needs_restart=True,
     ),
     Setting(
         "User",
         "user",
         "",
         Kind(_nonempty, "invalid setting: {name} (must be a user's name or number)"),
+        needs_restart=True,
     ),
     Setting("XClient", "xclient", "off", _SWITCH),
 )
@@ -2452,7 +2464,7 @@ class ClientChannel(Channel):
         return Hangup("CLIENT: network read operation timed out", CLIENT_TIMED_OUT)
 
     def original_destination(self, peer: Peer) -> Peer:
-        """See the function of that name."""
+        """Return where the client of a transparent proxy connected to."""
         return original_destination(self._socket, peer)
 
     def linger(self, seconds: float = LINGER) -> None:
@@ -2511,7 +2523,7 @@ class ServerChannel(Channel):
     def ask_for_data(self) -> Reply:
         """Send DATA; return the server's reply, 354 or a refusal."""
         if self.has_spoken():
-            # Its replies may be one ahead of our commands.
+            # An unread reply would be taken for the one to DATA.
             self.relay_unsolicited()
         reply = self._ask(b"DATA", b"DATA")
         if reply.code != 354 and not reply.is_refusal:
@@ -2556,7 +2568,7 @@ class ServerChannel(Channel):
         if client is not None and client.holds_replies and not self.wait(REPLY_HOLD):
             client.flush()
         octets = None
-        # The first recv has the same time limit, and spares most replies a poll.
+        # No poll before the first recv: SO_RCVTIMEO limits that already.
         is_late = deadline.has_passed
         if not self.has_more or (not is_late and self.wait(deadline.left)):
             octets = self.receive()
@@ -2929,7 +2941,8 @@ def directories_in(path: bytes) -> Iterator[bytes]:
 # ---------------------------------------------------------------------------
 
 
-def usable_processors() -> list[int]:
+@functools.cache  # before `Affinity.pin` leaves only one
+def usable_processors() -> Sequence[int]:
     """Return the processors that we may use, as far as the system lets us choose."""
     if hasattr(os, "sched_getaffinity"):
         with contextlib.suppress(OSError):
@@ -3540,13 +3553,12 @@ class PollableEvent:
 
 
 class Shutdown:
-    """How far the daemon is on its way to its end, and the filters to end with it.
+    """The state of the daemon's end, and the filters that it ends.
 
-        running --drain--> draining --stop--> stopping --kill--> killing
+        running --drain--> draining --stop, kill--> stopping
 
-    draining: sessions end, except those in their DATA phase; stopping: these end, too,
-    and filters get SIGTERM; killing: filters get SIGKILL.  A second signal leads from
-    any state to killing.
+    draining: sessions end, except those in their DATA phase.  stopping: these end, too;
+    `stop` sends SIGTERM to the filters, `kill` SIGKILL.
     """
 
     def __init__(self) -> None:
@@ -3612,7 +3624,7 @@ class Statistics:
     def __init__(self, begun: Optional[tuple[float, float]] = None) -> None:
         """`begun` is the start by the two clocks, if it was not now."""
         self._lock = threading.Lock()
-        # Nobody sets the second clock.
+        # The second clock measures: nobody can set it back.
         self._since, self._begun = begun or (time.time(), time.monotonic())
         self._counts = dict.fromkeys(("accepted", "refused", "octets"), 0)
         self._messages: dict[str, int] = {}
@@ -3728,8 +3740,8 @@ class ConnectionLimit:
     """The bound of MaxConnections over all processes, and the numbers of connections.
 
     The counts, one for each process, are in memory that the processes share.  A record
-    lock makes `take` one step; if its holder dies, the system releases it, and the
-    supervisor clears the count of the dead: nothing is lost.
+    lock serializes `take`.  If its holder dies, the system releases the lock, and the
+    supervisor clears the dead process's count.
     """
 
     _NUMBER, _PEAK, _ROWS, _FIRST = range(4)  # cells; the counts begin at the last one
@@ -3776,16 +3788,17 @@ class ConnectionLimit:
             return
         deadline = Deadline(LOCK_PATIENCE)
         while not deadline.has_passed:
-            # A holder that has been stopped must not stop the others: then there may
-            # be a connection too many.
-            with contextlib.suppress(BlockingIOError, PermissionError):
+            # After LOCK_PATIENCE go on without it, since its holder may have been
+            # stopped.  Then there may be a connection too many.
+            with contextlib.suppress(OSError):
                 fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             time.sleep(0.001)
         try:
             yield
         finally:
-            fcntl.lockf(self._file, fcntl.LOCK_UN)
+            with contextlib.suppress(OSError):
+                fcntl.lockf(self._file, fcntl.LOCK_UN)
 
     @property
     def own(self) -> int:
@@ -3822,8 +3835,8 @@ class ConnectionLimit:
 class Shared:
     """What all sessions of a process have in common.
 
-    None of it holds a set: CPython's set that cannot grow, since memory has run out,
-    is full, and its next user spins.
+    Threads share dicts, never sets: after a failed resize for lack of memory CPython's
+    set is full, and the next look into it loops.
     """
 
     def __init__(
@@ -3831,12 +3844,12 @@ class Shared:
         config: Config,
         log: Log,
         environment: Mapping[bytes, bytes],
-        listener: tuple[int, Any] = (socket.AF_UNIX, b""),
+        listening_on: tuple[int, Any] = (socket.AF_UNIX, b""),
         descriptor_limit: int = 0,
     ) -> None:
         self.config = config
         self.log = log
-        self.listener = listener  # its family and its address
+        self.listening_on = listening_on  # family and address of the listener
         self.environment = environment  # that the filters inherit
         self.descriptor_limit = descriptor_limit  # of the filters; 0: ours
         self.affinity = Affinity()
@@ -3934,23 +3947,19 @@ class Transaction:
                 self._shared.statistics.note_message(hangup.reply.text, self.size)
             session.say_last_word(hangup)
             if hangup.reply is not None:
-                session.log_message(envelope, hangup.reply.text)
-                self._log.info(self._describe(envelope))
+                self._log_message(envelope, hangup.reply.text)
             else:
                 self._log.warning("unexpected end of data from client")
             raise
         times = self.filter_seconds, self._server_seconds
         self._shared.statistics.note_message(self.status, self.size, *times)
-        # The log comes later: a client that gave up while it blocks would send an
-        # accepted message again.
-        session.answer(reply)
-        session.client.flush()
-        session.log_message(envelope, self.status)
-        self._log.info(self._describe(envelope))
-        if self._log.is_debug:
-            whole = time.monotonic() - self._begun
-            text = "took {:.3f} s: filter {:.3f} s, server {:.3f} s"
-            self._log.debug(text.format(whole, *times))
+        try:
+            # Answer before logging: the log may block, and a client that gives up
+            # meanwhile would send an accepted message again.
+            session.answer(reply)
+            session.client.flush()
+        finally:
+            self._log_message(envelope, self.status)
         if self._is_open and reply.code != 421:
             self._reset_server()
 
@@ -3979,12 +3988,13 @@ class Transaction:
                 self.status = Status.FILTER_ERROR
             return failure.reply
 
-    def _describe(self, envelope: Envelope) -> str:
-        """Return a log line by which a message is found in other logs.
+    def _log_message(self, envelope: Envelope, status: str) -> None:
+        """Log the message, and a line by which it is found in other logs.
 
-        It has the size in octets, the seconds that the filter and the server took, and
-        the server's reply, which often names the message in the server's log.
+        That has the size in octets, the seconds that the filter and the server took,
+        and the server's reply, which often names the message in the server's log.
         """
+        self._session.log_message(envelope, status)
         fields = [f"size={self.size}"]
         found = _MESSAGE_ID.search(self._start)
         if found is not None:
@@ -3996,7 +4006,12 @@ class Transaction:
         if self._server_reply is not None:
             fields.append(f"server={self._server_seconds:.3f}")
             fields.append(f"reply={self._server_reply.text}")
-        return ", ".join(fields)
+        self._log.info(", ".join(fields))
+        if self._log.is_debug:
+            times = self.filter_seconds, self._server_seconds
+            whole = time.monotonic() - self._begun
+            text = "took {:.3f} s: filter {:.3f} s, server {:.3f} s"
+            self._log.debug(text.format(whole, *times))
 
     # From the client
 
@@ -4027,7 +4042,7 @@ class Transaction:
                 break
             yield block
             octets = self._await_octets()
-        # Before the last block, after which the consumer may stop.
+        # Before the last block: the consumer may not resume this generator.
         commands.feed(self._reader.rest)
         yield block
 
@@ -4036,7 +4051,7 @@ class Transaction:
         deadline = Deadline(self._config.timeout)
         seconds = 0.0
         while True:
-            # All that can fail comes before octets are taken, so that none are lost.
+            # These come before octets are taken: an exception would lose the octets.
             if seconds or time.monotonic() >= self._next_look:
                 self._session.watch(seconds, with_server=self._watches_server)
                 self._next_look = time.monotonic() + CLIENT_POLL
@@ -4162,9 +4177,12 @@ class Transaction:
         """Decide what a failure of the filter means (FilterFailure)."""
         self.has_failed = True
         # A filter that was told to end, by systemd or by us, must not let mail pass.
-        was_ended = self.exit_status in _WAS_ENDED or self._is_ending()
-        is_its_own = not isinstance(failure, SpoolFailure)
-        if self._config.passes_failures and is_its_own and not was_ended:
+        if (
+            self._config.passes_failures
+            and not isinstance(failure, SpoolFailure)
+            and self.exit_status not in _WAS_ENDED
+            and not self._is_ending()
+        ):
             self.message, self.status = self.original, Status.ERROR_PASSED
         else:
             self.reply, self.status = LOCAL_ERROR, Status.FILTER_ERROR
@@ -4185,6 +4203,7 @@ class Transaction:
         `is_stream` says that the message still has to come from the client.
         """
         server = self._session.server
+        field = b"" if self.status == Status.SKIPPED else self._session.header_field()
         reply = self._server_reply = server.ask_for_data()
         if reply.code == 354:
             blocks = self.message.blocks() if not is_stream else self._incoming()
@@ -4192,7 +4211,7 @@ class Transaction:
                 self._invite(reply)
                 self._keep_alive.stop()  # NOOP would become mail data
             try:
-                reply = self._transmit(blocks)
+                reply = self._transmit(blocks, field)
             except OSError as error:
                 text = f"error reading cache file: {reason(error)}"
                 raise Hangup(text, LOCAL_ERROR) from error
@@ -4203,18 +4222,20 @@ class Transaction:
             self.status = reply.text
         return reply
 
-    def _transmit(self, blocks: Iterator[bytes]) -> Reply:
-        """Send mail data and its end; return the server's reply to it."""
+    def _transmit(self, blocks: Iterator[bytes], field: bytes) -> Reply:
+        """Send mail data and its end; return the server's reply to it.
+
+        `field` is a header field to add.
+        """
         session, server = self._session, self._session.server
-        field = b"" if self.status == Status.SKIPPED else session.header_field()
         writer = MailDataWriter(field)
         pending = b""
         for block in blocks:
             if pending:
                 server.send(pending)
             pending = writer.feed(block)
-        # The last moment to keep the message back.  A client that has gone would not
-        # see it accepted, and would send it again.
+        # A client that has gone would miss the 250 and send the message again: then
+        # the end of the data is held back.
         if session.client.has_gone():
             raise Hangup("client went before its message was accepted", CLIENT_GONE)
         if server.has_spoken():
@@ -4260,12 +4281,13 @@ _WAS_ENDED = frozenset((-signal.SIGTERM, 128 + signal.SIGTERM))
 class State(Enum):
     """The states of a session: what the next octets from the client are.
 
-        GREETING --220 or other--> COMMAND --334--> AUTHENTICATION
-                                   ^  |    <--any other--/
-                     final reply --|  |-- DATA
-                                   DATA
-
-    QUIT, a reply of 421, a lost connection or the shutdown lead to CLOSED.
+    state            event                         next state
+    GREETING         the server's greeting         COMMAND
+    COMMAND          334                           AUTHENTICATION
+                     DATA with an envelope         DATA
+    AUTHENTICATION   any other reply               COMMAND
+    DATA             the final reply               COMMAND
+    any              QUIT, 421, a lost connection  CLOSED
     """
 
     GREETING = auto()  # nothing: the server speaks first
@@ -4385,7 +4407,7 @@ class Session:
         try:
             targets = resolve(address, address.host)
             # `_original_destination` has a check of its own.
-            is_loop = leads_to_listener(targets, self.shared.listener)
+            is_loop = leads_to_listener(targets, self.shared.listening_on)
             if is_loop and not self.config.is_transparent:
                 raise ServerLost(f"loop detected: {OWN_LISTENER}", NO_SERVER)
             sock, sockaddr = connect(targets, self.config.timeout, source)
@@ -4421,12 +4443,13 @@ class Session:
                 host, port = self.local_peer
             else:
                 host, port = self.client.original_destination(self.client_peer)
+            family, name = self.shared.listening_on
+            is_our_port = family != socket.AF_UNIX and port == name[1]
+            is_loop = is_our_port and is_own_address(host)
         except OSError as error:
             text = "couldn't get source address for transparent proxying"
             raise ServerLost(f"{text}: {reason(error)}", NO_DESTINATION) from error
-        family, name = self.shared.listener
-        is_our_port = family != socket.AF_UNIX and port == name[1]
-        if is_our_port and is_own_address(host):
+        if is_loop:
             raise ServerLost("loop detected in transparent proxying", NO_DESTINATION)
         text = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         return Address(text, host, port)
@@ -4591,7 +4614,7 @@ class Session:
         `offered` are the attributes that the server lists, None if it has no XCLIENT.
         Raises `Refusal` with the server's reply if that is about the client.
         """
-        is_listed = offered not in (None, XCLIENT_UNLISTED)
+        is_listed = offered is not None and offered is not XCLIENT_UNLISTED
         if self._xclient_state is XclientState.DONE:
             return False
         if self._xclient_state is XclientState.TRIED and not is_listed:
@@ -4860,8 +4883,8 @@ class Listener(socketserver.ThreadingTCPServer):
             self._socket_file = None
         super().server_close()
 
-    def own(self) -> None:
-        """Have this process, and not the one that has bound it, remove its file."""
+    def take_ownership(self) -> None:
+        """Let this process remove a Unix socket's file, not the one that bound it."""
         self._owner = os.getpid()
 
     def attach(self, shared: Shared, signals: Signals) -> None:
@@ -4887,10 +4910,10 @@ class Listener(socketserver.ThreadingTCPServer):
 
     def finish(self, supervisor: int) -> None:
         """Accept no more; return when a signal comes or a session has ended."""
-        self._is_closing = True
-        if self.fileno() >= 0:
-            self.socket.close()
-        self._poll(supervisor, -1)
+        self._is_closing = True  # from now on each session that ends wakes us
+        self.socket.close()
+        if self.connections:
+            self._poll(supervisor, -1)
 
     def _poll(self, supervisor: int, listening: int) -> None:
         poller = select.poll()
@@ -4924,8 +4947,9 @@ class Listener(socketserver.ThreadingTCPServer):
                 self._is_exhausted = True
                 self._log.error(f"couldn't accept a connection: {reason(error)}")
             if not was_refused:
-                # Nothing would change by trying again at once.
-                self._signals.wait(ACCEPT_PAUSE)
+                # To try again at once would change nothing.  A signal must stay for
+                # `_poll` to see.
+                await_readable(ACCEPT_PAUSE, self._signals.fileno())
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start a session in a thread of its own, if there is room for it."""
@@ -4937,7 +4961,6 @@ class Listener(socketserver.ThreadingTCPServer):
             self._refuse(request, BUSY)
             self.shared.statistics.count("refused")
             return
-        self.shared.statistics.count("accepted")
         try:
             # Sessions must not take all memory: without any, CPython's handling of an
             # exception may start again and again.
@@ -4946,6 +4969,7 @@ class Listener(socketserver.ThreadingTCPServer):
             _thread.start_new_thread(
                 self.process_request_thread, (request, (number, client_address))
             )
+            self.shared.statistics.count("accepted")
         except (OSError, RuntimeError, MemoryError) as error:
             self._limit.give_back()
             what = reason(error) if isinstance(error, OSError) else error
@@ -4973,7 +4997,6 @@ class Listener(socketserver.ThreadingTCPServer):
     # Refusing
 
     def _refuse(self, request: socket.socket, reply: Reply) -> None:
-        # It never blocks: the socket's buffer is empty.
         with contextlib.suppress(OSError):
             request.sendall(reply, socket.MSG_DONTWAIT)
             request.recv(SMALL_BLOCK, socket.MSG_DONTWAIT)
@@ -5013,7 +5036,7 @@ class Listener(socketserver.ThreadingTCPServer):
         self.end_now()
 
     def end_now(self) -> None:
-        """Kill the filters, and end whatever the sessions do."""
+        """Kill all filters, and give the sessions `LAST_GRACE` to end."""
         self._is_closing = True
         self.server_close()
         self.shared.shutdown.kill()
@@ -5145,9 +5168,9 @@ class Supervisor:
         """Supervise until a signal ends the daemon, and then end the workers."""
         gc.collect()
         gc.freeze()  # so that the workers share more memory
-        for number in range(process_count(self._daemon.config)):
-            self._fork(number)
         try:
+            for number in range(process_count(self._daemon.config)):
+                self._fork(number)
             while not self._signals.count:
                 is_complete = self._replace()
                 self._watch(None if is_complete else FORK_PAUSE)
@@ -5180,19 +5203,22 @@ class Supervisor:
     def _fork(self, number: int) -> None:
         """Fork a worker; an error is logged, and `_replace` tries again."""
         row = self._limit.assign_row()
+        pipe: tuple[int, ...] = ()
         try:
-            reports, reports_end = os.pipe()
             with held_signals():
+                reports, reports_end = pipe = os.pipe()
                 pid = os.fork()
                 if not pid:
                     self._be_worker(number, row, reports, reports_end)
+                os.close(reports_end)
+                self._workers[reports] = Worker(pid, number, row, reports)
         except OSError as error:
+            for descriptor in pipe:
+                os.close(descriptor)
             self._log.error(f"couldn't start worker process: {reason(error)}")
             self._limit.clear_row(row)
-            return
-        os.close(reports_end)
-        self._workers[reports] = Worker(pid, number, row, reports)
-        self._log.debug(f"started worker process (pid {pid})")
+        else:
+            self._log.debug(f"started worker process (pid {pid})")
 
     def _be_worker(
         self, number: int, row: int, reports: int, reports_end: int
@@ -5237,7 +5263,7 @@ class Supervisor:
         if worker.snapshot:
             self._ended.add(worker.snapshot)
             self._ended.forget_resources()
-        if worker.is_retired or self._signals.count:
+        if status == 0 and (worker.is_retired or self._signals.count):
             self._log.debug(f"worker process has ended (pid {worker.pid})")
             return
         how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
@@ -5319,16 +5345,19 @@ def serve_as_worker(
     `life` hangs up when the supervisor has ended; `reports` takes statistics.
     """
     statistics = shared.statistics
-    while not signals.count and not signals.take_reload():
-        listener.serve(life)
-        if signals.take_report():
-            send_report(statistics, reports)
-    while not signals.count and listener.connections:
-        listener.finish(life)
-        if signals.take_report():
-            send_report(statistics, reports)
-    listener.end()
-    send_report(statistics, reports)
+    is_retired = False
+    try:
+        while not signals.count and (listener.connections or not is_retired):
+            if is_retired:
+                listener.finish(life)
+            else:
+                listener.serve(life)
+            if signals.take_report():
+                send_report(statistics, reports)
+            is_retired |= signals.take_reload()
+    finally:
+        listener.end()
+        send_report(statistics, reports)
 
 
 def send_report(statistics: Statistics, reports: int) -> None:
@@ -5576,9 +5605,9 @@ def stop_start() -> NoReturn:
 class Signals:
     """Counts the signals that end the process, notes the others, wakes the main thread.
 
-    Until `on_end` is called, a signal interrupts the start.  A worker's signals come
-    from the supervisor, but SIGTERM from others as well (systemd signals all): it is
-    not counted twice there, and SIGQUIT is the second one.
+    Until `on_end` is called, a signal interrupts the start.  A worker counts SIGTERM
+    once, since systemd and the supervisor may both send it.  SIGQUIT, which only the
+    supervisor sends, is its second signal.
     """
 
     def __init__(self, *, is_worker: bool = False) -> None:
@@ -5599,10 +5628,10 @@ class Signals:
             signal.signal(signal.SIGQUIT, self._quit)
         signal.signal(signal.SIGUSR1, self._note)
         signal.signal(signal.SIGHUP, self._note)
-        # A handler, unlike SIG_IGN, does not reach the filters.
+        # Not SIG_IGN, which the filters would inherit.
         signal.signal(signal.SIGPIPE, lambda _number, _frame: None)
-        # SIGCHLD would restart the wait of some thread each time a filter exits.  What
-        # else our parent has blocked is unblocked.
+        # SIGCHLD is blocked, since it would interrupt some thread's system call each
+        # time a filter exits.  All others are unblocked.
         signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGCHLD})
 
     def on_end(self, end_at_once: Callable[[], object]) -> None:
@@ -5833,7 +5862,7 @@ def keep_net_admin(change_user: Callable[[], None]) -> None:
     try:
         _call_libc("capset", header, struct.pack("@6I", bits, bits, 0, 0, 0, 0))
     except PermissionError as error:
-        # To listen takes CAP_NET_RAW alone, and root in a container may have no more.
+        # In a container root may only have CAP_NET_RAW, which is enough to listen.
         raise SystemRefused(NEEDS_NET_ADMIN) from error
 
 
@@ -6002,7 +6031,7 @@ def shell_complaint(command: str) -> str:
         return ""  # whatever it waits for is not the command's fault
     if not shell.returncode:
         return ""
-    return printable((shell.stderr.strip() or b"for no reason").splitlines()[0])
+    return printable((shell.stderr.strip() or b"no reason given").splitlines()[0])
 
 
 class CheckedChannel(ServerChannel):
@@ -6284,10 +6313,10 @@ def main(arguments: Sequence[str]) -> int:
 def carry_out(options: Options, log: Log) -> int:
     """Read the configuration, and be the daemon, or check, or run dry."""
     open_standard_descriptors()
-    config = load_config(options.config_file, log)
+    directory = working_directory()
+    config = load_config(options.config_file, directory, log)
     if config is None:
         return 2
-    directory = working_directory()
     if options.debug_level is None:
         os.chdir("/")  # where a daemon works
     if options.messages:
@@ -6308,8 +6337,10 @@ def make_log(options: Options) -> Log:
     return Log(INFO, to_standard_error, to_syslog)
 
 
-def load_config(path: str, log: Log) -> Optional[Config]:
+def load_config(path: str, directory: bytes, log: Log) -> Optional[Config]:
     """Read the configuration; log what is wrong with it, and then return None.
+
+    `directory` is what paths in it are relative to.
 
     Raises `SystemRefused` if there is a file that cannot be read.
     """
@@ -6324,6 +6355,8 @@ def load_config(path: str, log: Log) -> Optional[Config]:
         text = f"couldn't read config file: {shown(path)}: {reason(error)}"
         raise SystemRefused(text) from error
     config, errors = parse_config(octets, path)
+    whole = os.path.join(directory, config.temp_directory)
+    config.temp_directory = os.path.abspath(whole)
     if not errors and is_loop(config):
         errors.append(ConfigError(OWN_LISTENER, path))
     for fault in errors:
@@ -6371,6 +6404,7 @@ class Daemon:
         """`directory` is what the configuration's path is relative to."""
         self.config = config
         self.log = log
+        self._directory = directory
         self.is_alone = process_count(config) == 1
         self.signals: Signals  # from `_start` on, as the next two
         self.limit: ConnectionLimit
@@ -6412,7 +6446,7 @@ class Daemon:
         name_process()
         passed = passed_socket()
         close_inherited(passed)
-        self._descriptor_limit = raise_descriptor_limit(config)
+        self._raise_descriptor_limit()
         timeval_form()  # while there are descriptors
         if config.filter_command:
             best_spawn()  # loads now, not at the first message, what it needs
@@ -6427,7 +6461,7 @@ class Daemon:
             self.listener = Listener(config, self.log, self.limit, passed)
             at_end.callback(self.listener.server_close)
         parent = detach() if self._is_detached else None
-        self.listener.own()
+        self.listener.take_ownership()
         write_pid_file(self._pid_file, at_end)
         drop_privileges(config, self.log)
         threading.stack_size(STACK_SIZE)
@@ -6444,6 +6478,10 @@ class Daemon:
         end_now = (supervisor or self.listener).end_now
         self.signals.on_end(functools.partial(end_at_once, end_now, at_end))
         return supervisor
+
+    def _raise_descriptor_limit(self) -> None:
+        former = raise_descriptor_limit(self.config)
+        self._descriptor_limit = self._descriptor_limit or former
 
     def notify_end(self) -> None:
         """Tell the service manager that the daemon is about to end."""
@@ -6474,7 +6512,7 @@ class Daemon:
         self._manager.tell(b"RELOADING=1\nMONOTONIC_USEC=%d" % monotonic)
         config = None
         try:
-            config = load_config(self._path, self.log)
+            config = load_config(self._path, self._directory, self.log)
         except SystemRefused as error:
             self.log.error(str(error))
         if config is None:
@@ -6483,7 +6521,7 @@ class Daemon:
             self._keep_settings_of_the_start(config)
             self.config = config
             self._log_warnings()
-            raise_descriptor_limit(config)
+            self._raise_descriptor_limit()
             self.log.notice("configuration reloaded")
         self._manager.tell(b"READY=1")
         return config is not None
@@ -6491,12 +6529,11 @@ class Daemon:
     def _keep_settings_of_the_start(self, config: Config) -> None:
         """Take back what cannot change without a restart."""
         changed = []
-        for name in _SETTINGS_OF_THE_START:
-            attribute = _SETTINGS_BY_NAME[name.lower()].attribute
-            old = getattr(self.config, attribute)
-            if getattr(config, attribute) != old:
-                changed.append(name)
-                setattr(config, attribute, old)
+        for setting in SETTINGS:
+            old = getattr(self.config, setting.attribute)
+            if setting.needs_restart and getattr(config, setting.attribute) != old:
+                changed.append(setting.name)
+                setattr(config, setting.attribute, old)
         if self.is_alone and process_count(config) > 1:
             changed.append("Processes")
         for name in changed:
@@ -6511,10 +6548,6 @@ def end_at_once(
     if at_end is not None:
         at_end.close()
     os._exit(0)
-
-
-# Settings whose effect is over when the daemon has started.
-_SETTINGS_OF_THE_START = ("Listen", "PidFile", "TransparentProxy", "User")
 
 
 def log_fault(
