@@ -3910,7 +3910,7 @@ class Transaction:
         self.exit_status: Optional[int] = None  # as `judge` takes it
         self.standard_error: Sequence[bytes] = ()  # its lines, as `Excerpt` has them
         self.has_failed = False
-        self.is_bare_refusal = False  # an exit without a reply of the filter's own
+        self.is_bare_refusal = False  # the filter refused, and gave no reply
         self.filter_seconds = 0.0
         # What has become of the message.
         self.reply: Optional[Reply] = None  # for the client; None: the server decides
@@ -5392,9 +5392,9 @@ class DryRun:
         self._shared = Shared(config, log, self._given)
         self._printer = Printer(self._given, is_whole=log.is_debug)
         self._is_detailed = log.level >= INFO
-        of_message = {b"SENDER", b"RECIPIENTS"} - self._given.keys()
-        self._constant = {*FILTER_VARIABLES} - of_message - {b"EMAIL"}
-        self._shown: set[bytes] = set()  # those of the variables that were shown
+        of_message = {b"SENDER", b"RECIPIENTS"} - self._given.keys() | {b"EMAIL"}
+        self._constant = {*FILTER_VARIABLES} - of_message  # the same for all messages
+        self._shown: set[bytes] = set()  # those of them that have been shown
         self._counts = dict.fromkeys(ENDS, 0)
 
     def run(self, names: Sequence[str]) -> int:

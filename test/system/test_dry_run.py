@@ -694,6 +694,21 @@ def test_settings(name: str, dry_run: StartDryRun) -> None:
     assert only.changes == (expected if reply == "the server's" else [])
 
 
+@pytest.mark.parametrize("settings", [{}, OBSERVE, PASS], ids=str)
+def test_message_that_cannot_be_stored(
+    settings: Mapping[str, object], workspace: Workspace
+) -> None:
+    """The daemon would answer 451, in whichever mode."""
+    large = MESSAGE + b"x" * 2_000_000
+    whole = {"FilterCommand": "cat", "TempDirectory": "/proc", **settings}
+    result = with_descriptors(workspace, workspace.command(whole, large, level=3), "")
+    assert (result.exit_status, result.counts) == (2, {"broken": 1})
+    assert result.only.reply == "451 Local Error"
+    assert result.only.status == "FILTER-ERROR"
+    text = "couldn't write to cache file: No such file or directory"
+    assert result.errors == f"proxsmtpd: message-1: {text}\n"
+
+
 # --- Several messages, and where they come from ---
 
 
