@@ -24,8 +24,8 @@ process have `Shared` in common, with `Shutdown`, which ends them and their filt
 processes have `ConnectionLimit` in common.
 
 Where to begin reading: `VERBS` and `Session` are the dialogue, `Transaction` is the
-message, `FilterRun` the filter, `SETTINGS` the configuration, `Daemon` the process.  The
-sections before "The log" do no input and output.  Octets on the wire are bytes;
+message, `FilterRun` the filter, `SETTINGS` the configuration, `Daemon` the process.
+The sections before "The log" do no input and output.  Octets on the wire are bytes;
 configuration and log are str.
 
 To add a setting: a row in `SETTINGS`, an attribute of `Config`.  A verb: a row in
@@ -66,7 +66,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from enum import Enum, auto
 from typing import Any, Callable, NamedTuple, NoReturn, Optional, TypeVar, Union
 
@@ -135,6 +135,7 @@ PIPE_MOST = 1024 * 1024  # the capacity that a filter may give it (pipe(7))
 REPLIES_HELD = 64 * 1024  # octets of replies to pipelined commands in one write
 NULS_HELD = 64 * 1024  # NULs at the start of a line, until it is clear what follows
 LINE_KEPT = 1024  # octets of a line of the filter's standard error
+EXCERPT_KEPT = 8 * 1024  # octets of its start, and as many of its end
 
 LISTEN_QUEUE = 1024
 MOST_SOCKET_PATH = 107 if IS_LINUX else 103  # octets of sun_path without its NUL
@@ -1760,6 +1761,29 @@ class LastLine:
         return self._begun.strip() or self._whole.strip()
 
 
+class Excerpt:
+    """Keeps the first and the last octets of a stream, in bounded memory."""
+
+    def __init__(self) -> None:
+        self._first = self._last = b""
+        self._left_out = 0  # octets between them
+
+    def feed(self, octets: bytes) -> None:
+        room = EXCERPT_KEPT - len(self._first)
+        self._first += octets[:room]
+        last = self._last + octets[room:]
+        self._last = last[-EXCERPT_KEPT:]
+        self._left_out += len(last) - len(self._last)
+
+    @property
+    def lines(self) -> list[bytes]:
+        """The lines, with a note in the place of what was left out."""
+        if not self._left_out:
+            return (self._first + self._last).splitlines()
+        note = b"... %d octets left out" % self._left_out
+        return [*self._first.splitlines(), note, *self._last.splitlines()]
+
+
 _UNPRINTABLE_TO_MARK = bytes.maketrans(
     bytes((*range(32), *range(127, 256))), b"?" * 161
 )
@@ -3219,6 +3243,7 @@ class FilterRun:
         self._open: dict[int, None] = {}  # our descriptors, by these names
         self._input = self._output = self._error = self._end = -1
         self._given = 0  # octets of `source` that the filter has taken
+        self.standard_error = Excerpt()
         self._last_line = LastLine()
         self._timeout = 0.0  # seconds between signs of life
         self._deadline = Deadline(math.inf)  # of the next one
@@ -3429,6 +3454,7 @@ class FilterRun:
             self._close(descriptor)
         elif descriptor == self._error:
             self._last_line.feed(octets)
+            self.standard_error.feed(octets)
         else:
             assert self._sink is not None
             with spool_errors():
@@ -3911,7 +3937,9 @@ class Transaction:
         # The filter.
         self.environment: Mapping[bytes, bytes] = {}  # of its process
         self.exit_status: Optional[int] = None  # as `judge` takes it
+        self.standard_error: Sequence[bytes] = ()  # its lines, as `Excerpt` has them
         self.has_failed = False
+        self.is_bare_refusal = False  # the filter refused, and gave no reply
         self.filter_seconds = 0.0
         # What has become of the message.
         self.reply: Optional[Reply] = None  # for the client; None: the server decides
@@ -4157,10 +4185,14 @@ class Transaction:
             self.exit_status, last_line = run.finish(self._keep_alive)
         finally:
             self.filter_seconds = time.monotonic() - begun
+            self.standard_error = run.standard_error.lines
+            for line in self.standard_error:
+                self._log.dialogue("FILTER", "<", line)
         refusal = judge(
             self.exit_status, last_line, only_coded=config.only_coded_verdicts
         )
-        if refusal and coded_reply(last_line) is None and self._is_ending():
+        self.is_bare_refusal = refusal is not None and coded_reply(last_line) is None
+        if self.is_bare_refusal and self._is_ending():
             raise FilterFailure("the daemon ends")
         if self._file is None:
             read = self.message.size
@@ -5411,12 +5443,23 @@ EXAMPLES = {
     b"REMOTE": b"198.51.100.1",
     b"REMOTE_HELO": b"client.example",
 }
+# What may become of a message, with its colour on a terminal (ECMA-48, SGR).
+ENDS = {"passed": 32, "dropped": 33, "refused": 33, "broken": 31}
+DIFF_COLOURS = {"+": 32, "-": 31, "@": 36}
+SHOWN_LINES = 40  # of standard error, of a diff or of the environment, below level 4
+SHOWN_COLUMNS = 160  # of each of them
+FROM_SERVER = "the server's"
+BARE_REFUSAL = (
+    "refused without a reply of its own: a crash would look the same; see FilterVerdict"
+)
 
 
 class DryRun:
     """Runs messages through the filter as the daemon does, but sends them nowhere.
 
-    The results go to standard output, in printable ASCII.
+    Standard output gets a line for each message and one for all of them.  Below a
+    message stands the filter's standard error where the filter has failed, or may
+    have, and from level 3 on the whole run of the filter.
     """
 
     def __init__(self, config: Config, log: Log, directory: bytes) -> None:
@@ -5426,7 +5469,12 @@ class DryRun:
         self._directory = directory
         self._given = inherited_environment()
         self._shared = Shared(config, log, self._given)
-        self._counts = dict.fromkeys(("passed", "dropped", "refused", "broken"), 0)
+        self._printer = Printer(self._given, is_whole=log.is_debug)
+        self._is_detailed = log.level >= INFO
+        of_message = {b"SENDER", b"RECIPIENTS"} - self._given.keys() | {b"EMAIL"}
+        self._constant = {*FILTER_VARIABLES} - of_message  # the same for all messages
+        self._shown: set[bytes] = set()  # those of them that have been shown
+        self._counts = dict.fromkeys(ENDS, 0)
 
     def run(self, names: Sequence[str]) -> int:
         """Run each message file (``-``: standard input); return the exit status."""
@@ -5434,10 +5482,11 @@ class DryRun:
             signal.signal(number, signal.default_int_handler)
         try:
             for name in names:
-                print(f"== {shown(name)}", flush=True)
                 self._counts[self._run_message(name)] += 1
-            counts = (f"{number} {what}" for what, number in self._counts.items())
-            print(f"== messages: {len(names)};", ", ".join(counts), flush=True)
+            counts = ", ".join(f"{n} {end}" for end, n in self._counts.items())
+            what = "1 message" if len(names) == 1 else f"{len(names)} messages"
+            hint = "" if self._is_detailed else "; -d 3 shows more"
+            print(f"{what}: {counts}{hint}", flush=True)
         except KeyboardInterrupt:
             return 2
         except OSError as error:
@@ -5448,39 +5497,57 @@ class DryRun:
         return 1 if self._counts["refused"] or self._counts["dropped"] else 0
 
     def _run_message(self, name: str) -> str:
-        """Run one message; return what has become of it, a key of the counts."""
+        """Run one message; return what has become of it, a key of `ENDS`."""
         try:
             message = as_sent(read_message(name, self._directory))
         except OSError as error:
             self._log.error(f"couldn't read message: {shown(name)}: {reason(error)}")
+            self._printer.outcome("broken", name, "couldn't be read")
             return "broken"
-        variables = self._variables(message)
-        transaction = Transaction(self._shared, self._log, variables)
+        known = {**envelope_of(message), **self._given}
+        variables = self._variables(known)
+        log = self._log.with_prefix(f"{shown(name)}: ")
+        transaction = Transaction(self._shared, log, variables)
         with contextlib.closing(transaction):
-            try:
-                self._decide(transaction, message)
-            except FilterFailure as failure:
-                self._log.error(str(failure))
-                return "broken"
-            if transaction.environment:
-                print_filter(transaction)
-            reply = transaction.reply
-            print("reply:", "the server's" if reply is None else reply.text)
-            print("status:", transaction.status)
-            if reply is None:
+            self._decide(transaction, message, log)
+            changes = None
+            if transaction.reply is None:
                 client = printable(variables[b"CLIENT"])
                 sent = self._sent(transaction.message, client)
-                print_changes(shown(name), message, sent)
+                changes = changes_between(message, sent)
         if transaction.has_failed:
-            return "broken"
-        if reply is None:
-            return "passed"
-        return "dropped" if reply.is_success else "refused"
+            end = "broken"
+        elif transaction.reply is None:
+            end = "passed"
+        else:
+            end = "dropped" if transaction.reply.is_success else "refused"
+        self._printer.outcome(end, name, describe_outcome(transaction, changes))
+        if transaction.is_bare_refusal:
+            self._printer.fact(BARE_REFUSAL)
+        if self._is_detailed:
+            self._print_details(transaction, EXAMPLES.keys() - known.keys(), changes)
+        elif transaction.is_bare_refusal or transaction.has_failed:
+            self._printer.standard_error(transaction.standard_error)
+        print(end="", flush=True)
+        return end
 
-    def _decide(self, transaction: Transaction, message: bytes) -> None:
+    def _variables(self, known: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
+        """Return the variables of a message, with examples for unknown ones."""
+        address = self._config.out_address
+        server = to_octets(address.host) if address else b""
+        found = {name: known.get(name, example) for name, example in EXAMPLES.items()}
+        return {b"SERVER": server, **found}
+
+    def _decide(self, transaction: Transaction, message: bytes, log: Log) -> None:
         """Do with a message what the daemon would do."""
         config = self._config
-        transaction.receive(iter([message]))
+        try:
+            transaction.receive(iter([message]))
+        except FilterFailure as failure:
+            log.error(str(failure))
+            transaction.has_failed = True
+            transaction.reply, transaction.status = failure.reply, Status.FILTER_ERROR
+            return
         transaction.message = transaction.original
         if config.filter_type is FilterType.REJECT:
             transaction.reply = config.filter_reject
@@ -5493,12 +5560,6 @@ class DryRun:
         else:
             transaction.status = Status.PASSED
 
-    def _variables(self, message: bytes) -> dict[bytes, bytes]:
-        known = {**EXAMPLES, **envelope_of(message), **self._given}
-        address = self._config.out_address
-        server = to_octets(address.host) if address else b""
-        return {b"SERVER": server, **{name: known[name] for name in EXAMPLES}}
-
     def _sent(self, message: Spool, client: str) -> bytes:
         """Return the message that the server would get."""
         date = rfc5322_date(time.time())
@@ -5507,16 +5568,47 @@ class DryRun:
         blocks = [writer.feed(block) for block in message.blocks()]
         return MailDataReader().feed(b"".join([*blocks, writer.finish()]))
 
+    def _print_details(
+        self,
+        transaction: Transaction,
+        examples: Collection[bytes],
+        changes: Optional[Sequence[bytes]],
+    ) -> None:
+        """Print what the filter got, did and changed."""
+        printer, environment = self._printer, transaction.environment
+        if environment:
+            names = [name for name in FILTER_VARIABLES if name not in self._shown]
+            title = "environment, otherwise as above" if self._shown else "environment"
+            printer.lines(title, environment_lines(environment, names, examples))
+            self._shown = self._constant
+            printer.fact(f"filter: {describe_end(transaction)}")
+            printer.standard_error(transaction.standard_error)
+        reply = transaction.reply
+        printer.fact(f"reply: {FROM_SERVER if reply is None else reply.text}")
+        printer.fact(f"status: {transaction.status}")
+        printer.lines("changes", changes or (), is_diff=True)
 
-def print_filter(transaction: Transaction) -> None:
-    """Print the environment and the end of the filter."""
-    print("environment:")
-    for name in FILTER_VARIABLES:
-        lines = transaction.environment.get(name, b"").split(b"\n")
-        if name in transaction.environment:
-            print(f"  {name.decode()}={printable(lines[0])}")
-            for line in lines[1:]:
-                print(f"    {printable(line)}")
+
+def describe_outcome(
+    transaction: Transaction, changes: Optional[Sequence[bytes]]
+) -> str:
+    """Return the status of a message, and in short what else came of it."""
+    facts = [transaction.status]
+    reply = transaction.reply
+    if reply is not None and reply.text != transaction.status:
+        facts.append(f"the client gets {reply.text}")
+    if changes is not None:
+        added, removed = (
+            sum(line.startswith(mark) for line in changes) for mark in (b"+", b"-")
+        )
+        facts.append(f"+{added} -{removed} lines" if changes else "unchanged")
+    if transaction.environment:
+        facts.append(f"{transaction.filter_seconds:.3f} s")
+    return ", ".join(facts)
+
+
+def describe_end(transaction: Transaction) -> str:
+    """Return how the filter ended, and after how long."""
     status = transaction.exit_status
     if status is None:
         end = "did not end by itself"
@@ -5524,24 +5616,109 @@ def print_filter(transaction: Transaction) -> None:
         end = f"was ended by signal {-status}"
     else:
         end = f"exit status {status}"
-    print(f"filter: {end}, {transaction.filter_seconds:.3f} s")
+    return f"{end}, {transaction.filter_seconds:.3f} s"
 
 
-def print_changes(name: str, before: bytes, after: bytes) -> None:
-    """Print how two messages differ, as a unified diff of printable lines."""
+def environment_lines(
+    environment: Mapping[bytes, bytes],
+    names: Sequence[bytes],
+    examples: Collection[bytes],
+) -> list[bytes]:
+    """Return the lines of some variables; `examples` are marked as such."""
+    lines = []
+    for name in names:
+        if name in environment:
+            first, *others = environment[name].split(b"\n")
+            mark = b" (example)" if name in examples else b""
+            lines += [name + b"=" + first + mark, *(b"  " + line for line in others)]
+    return lines
+
+
+def changes_between(before: bytes, after: bytes) -> list[bytes]:
+    """Return how two messages differ, as a unified diff without names of files."""
     import difflib  # only a dry run needs it
 
     old, new = (message.split(b"\r\n")[:-1] for message in (before, after))
-    print("changes:" if old != new else "changes: none")
-    for line in difflib.diff_bytes(
-        difflib.unified_diff,
-        old,
-        new,
-        name.encode(),
-        f"{name} filtered".encode(),
-        lineterm=b"",
-    ):
-        print(printable(line))
+    diff = difflib.diff_bytes(difflib.unified_diff, old, new, lineterm=b"")
+    return list(diff)[2:]
+
+
+def escaped(octets: bytes) -> str:
+    """Return each octet as ``\\xNN``."""
+    return "".join(f"\\x{octet:02x}" for octet in octets)
+
+
+_UTF_8 = re.compile(rb"utf-?8", re.IGNORECASE)
+
+
+class Printer:
+    """Prints text that no terminal takes for commands, cut to what can be read.
+
+    UTF-8 is text where the locale says so.  Colours are for a terminal.
+    """
+
+    def __init__(self, environment: Mapping[bytes, bytes], *, is_whole: bool) -> None:
+        """`environment` has the locale, and NO_COLOR; `is_whole`: nothing is cut."""
+        variables = (b"LC_ALL", b"LC_CTYPE", b"LANG")  # the first that is set holds
+        locale = next(filter(None, map(environment.get, variables)), b"")
+        encoding = "" if sys.stdout is None else sys.stdout.encoding
+        self._is_utf8 = bool(_UTF_8.search(locale)) and encoding.lower() == "utf-8"
+        self._has_colours = os.isatty(1) and not environment.get(b"NO_COLOR")
+        self._is_whole = is_whole
+
+    def _text(self, octets: bytes) -> str:
+        """Return octets as printable characters, all others as ``\\xNN``."""
+        if not self._is_utf8:
+            return printable(octets)
+        text = to_text(octets)
+        if text.isprintable():
+            return text
+        return "".join(c if c.isprintable() else escaped(to_octets(c)) for c in text)
+
+    def _painted(self, text: str, colour: int) -> str:
+        return f"\x1b[{colour}m{text}\x1b[m" if self._has_colours and colour else text
+
+    def outcome(self, end: str, name: str, text: str) -> None:
+        """Print the line of a message."""
+        word = self._painted(f"{end:8}", ENDS[end])
+        print(f"{word} {self._text(to_octets(name))}: {text}", flush=True)
+
+    def fact(self, text: str) -> None:
+        """Print a line below a message."""
+        print(f"  {text}")
+
+    def standard_error(self, lines: Sequence[bytes]) -> None:
+        """Print the filter's standard error, of which the end says most."""
+        self.lines("standard error", lines, last=SHOWN_LINES // 2)
+
+    def lines(
+        self,
+        title: str,
+        lines: Sequence[bytes],
+        *,
+        last: int = 0,
+        is_diff: bool = False,
+    ) -> None:
+        """Print lines, if any, below a title; `last` of those shown are the last."""
+        if not lines:
+            return
+        left_out = 0 if self._is_whole else max(0, len(lines) - SHOWN_LINES)
+        rest = len(lines) - last
+        self.fact(f"{title}:")
+        for line in lines[: rest - left_out]:
+            self._print_line(line, is_diff=is_diff)
+        if left_out:
+            self.fact(f"  ... {left_out} lines left out, -d 4 shows all")
+        for line in lines[rest:]:
+            self._print_line(line, is_diff=is_diff)
+
+    def _print_line(self, octets: bytes, *, is_diff: bool) -> None:
+        text = self._text(octets)
+        colour = DIFF_COLOURS.get(text[:1], 0) if is_diff else 0
+        left_out = len(text) - SHOWN_COLUMNS
+        if left_out > 0 and not self._is_whole:
+            text = f"{text[:SHOWN_COLUMNS]} ... {left_out} columns left out"
+        self.fact(f"  {self._painted(text, colour)}")
 
 
 def read_message(name: str, directory: bytes) -> bytes:

@@ -530,6 +530,15 @@ def test_manual_has_each_status_of_the_log() -> None:
     assert {n for n in names if n not in fields} == statuses
 
 
+def test_manual_has_each_end_of_the_dry_run() -> None:
+    text = section("proxsmtpd.8", "DRY RUN")
+    assert items(text, "Li") == list(program.ENDS)
+    assert program.BARE_REFUSAL in rendered(text)
+    numbers = f"{program.SHOWN_LINES} lines", f"{program.SHOWN_COLUMNS} characters"
+    for words in (*numbers, f"{program.EXCERPT_KEPT // 1024} kilobytes"):
+        assert words in rendered(text)
+
+
 @pytest.mark.parametrize(
     "reply", [program.LOCAL_ERROR.text, program.CONTENT_REJECTED.decode()]
 )
