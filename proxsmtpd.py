@@ -2062,7 +2062,7 @@ SETTINGS = (
         "temp_directory",
         "/tmp",
         Kind(
-            lambda text: to_octets(_nonempty(text)),
+            lambda text: os.path.normpath(to_octets(_nonempty(text))),
             "invalid setting: {name} (must be a directory)",
         ),
     ),
