@@ -102,6 +102,8 @@ DEFAULT_LISTEN_PORT = 10025
 DEFAULT_SERVER_PORT = 25
 MAX_CONNECTIONS = 10240
 MAX_PROCESSES = 256
+MOST_SOCKET_PATH = 107 if IS_LINUX else 103  # octets of sun_path without its NUL
+MAX_SECONDS = 2_000_000  # 23 days; poll takes milliseconds as an int
 
 # The levels of -d.
 ERROR, WARNING, NOTICE, INFO, DEBUG = range(5)
@@ -110,17 +112,10 @@ ERROR, WARNING, NOTICE, INFO, DEBUG = range(5)
 # the rest.  RFC 5321 asks for less, RFC 4954 section 4 for more after AUTH.
 COMMAND_LIMIT = 2048
 AUTH_LIMIT = 12288
-# RFC 5321 4.5.3.1.5 limits a reply line to 512 octets, but not the lines of a reply.
-REPLY_LIMIT = 256 * 1024
-REPLY_LINE_LIMIT = 512
+REPLY_LINE_LIMIT = 512  # octets with the CRLF (RFC 5321 4.5.3.1.5)
 REPLY_SHOWN = 1024  # octets of a reply in the log
 # A longer line may be torn apart on a pipe (PIPE_BUF: 4,096) and cut by syslogd.
 LOG_LINE_LIMIT = 4000
-LOG_PATIENCE = 2.0  # seconds to wait for a reader of standard error that has stopped
-XCLIENT_LIMIT = 512
-XCLIENT_VALUE_LIMIT = 255  # octets of an attribute's value that Postfix takes
-PROXY_1_LIMIT = 107  # octets with the CRLF, says the protocol
-PROXY_2_LIMIT = 4096  # the protocol allows 64 KiB; no real sender uses 4 KiB
 
 # One environment variable with its name and NUL: MAX_ARG_STRLEN, 32 pages on
 # Linux.  The other systems bound only the sum, by more than this.
@@ -129,62 +124,15 @@ RECIPIENTS_LIMIT = VARIABLE_LIMIT - len(b"RECIPIENTS=\0")
 
 BLOCK = 256 * 1024  # mail data read from a socket or a file at a time
 SMALL_BLOCK = 16 * 1024  # commands and replies
-SPOOL_MEMORY = 1024 * 1024  # longer messages are kept in a file
 PIPE_BLOCK = 64 * 1024  # the usual capacity of a pipe
-PIPE_MOST = 1024 * 1024  # the capacity that a filter may give it (pipe(7))
-REPLIES_HELD = 64 * 1024  # octets of replies to pipelined commands in one write
-NULS_HELD = 64 * 1024  # NULs at the start of a line, until it is clear what follows
-LINE_KEPT = 1024  # octets of a line of the filter's standard error
-EXCERPT_KEPT = 8 * 1024  # octets of its start, and as many of its end
 
-LISTEN_QUEUE = 1024
-MOST_SOCKET_PATH = 107 if IS_LINUX else 103  # octets of sun_path without its NUL
 CHECK_SECONDS = 3.0  # for -t to connect to the server, and again for its replies
-NOTIFY_SECONDS = 1.0  # to wait for a busy service manager
-MAX_SECONDS = 2_000_000  # 23 days; poll takes milliseconds as an int
-STACK_SIZE = 512 * 1024
-MEMORY_MARGIN = 4 * 1024 * 1024  # octets that must be free to start a session
-CLIENT_POLL = 0.05  # seconds to wait for a busy client before others are looked at
-REPLY_HOLD = 0.5  # seconds to hold pipelined replies back while the server is silent
-LINGER = 2.0  # seconds for a client to read our last reply
-LINGER_OCTETS = 16 * 1024 * 1024
 # Seconds at the daemon's end: for messages in their DATA phase, then for filters after
 # SIGTERM, then for sessions after SIGKILL.  Together less than 5: then Debian's init
 # script kills us, but not the filters.
 DATA_GRACE = 3.2
 FILTER_GRACE = 1.0
 LAST_GRACE = 0.3
-TIMES_KEPT = 1000  # of the last messages, for the statistics
-KILL_GRACE = 2.0  # seconds between SIGTERM and SIGKILL
-GROUP_CHECK = 0.05  # seconds between checks of what is left of process groups
-END_CHECK = 0.5  # seconds between checks for the shutdown while a filter runs
-# Seconds to wait for SIGTERM before an uncoded verdict is trusted: systemd may have
-# signalled the filter first.
-STOP_NOTICE = 0.2
-CONNECTIONS_EACH = 8  # connections that are worth a process (Processes: auto)
-FORK_PAUSE = 0.25  # seconds between two workers that replace others
-REPORT_PATIENCE = 1.0  # seconds for the workers to report their statistics
-LOCK_PATIENCE = 0.1  # seconds for a lock whose holder may have been stopped
-WORKERS_GRACE = 0.4  # seconds from SIGQUIT to SIGKILL for the workers
-LATE_START_CHECK = 1.0  # seconds between checks for programs that do not begin
-ACCEPT_PAUSE = 0.2  # seconds without accepting when the system is exhausted
-SCRIPT_LOOKED_AT = 1024 * 1024  # octets of a filter that may use REMOTE
-FIRST_PASSED = 3  # SD_LISTEN_FDS_START
-DESCRIPTORS_APART = 32  # descriptors of the process besides the connections'
-DESCRIPTORS_EACH = 10  # descriptors of a connection with a filter
-MACOS_DESCRIPTORS = 10240  # OPEN_MAX, the highest limit that macOS accepts
-MOST_INHERITED = 65536  # descriptors to try where the system does not list them
-
-MESSAGE_ID_WITHIN = 16 * 1024  # octets of a message in which the field is looked for
-MAX_ERRORS = 100  # commands that we refuse in a session, before it ends
-MAX_ERRORS_IN_A_ROW = 20
-ADDRESS_SHOWN = 256  # characters of an address in the log line of a message
-
-# Replies to XCLIENT that refuse the command, or us, but not the client.
-XCLIENT_UNAVAILABLE = frozenset((500, 501, 502, 503, 504, 550))
-# Attributes to assume if there was no EHLO reply to list them.  Without NAME the server
-# would keep our own host's name for the client.
-XCLIENT_UNLISTED = frozenset((b"NAME",))
 
 
 # ---------------------------------------------------------------------------
@@ -867,6 +815,10 @@ def xclient_address(host: str) -> bytes:
     return xtext_encode(tagged.encode("ascii"))
 
 
+XCLIENT_LIMIT = 512
+XCLIENT_VALUE_LIMIT = 255  # octets of an attribute's value that Postfix takes
+
+
 def xclient_command(
     offered: frozenset[bytes], client: Peer, local: Peer, hello: Optional[Command]
 ) -> bytes:
@@ -907,6 +859,9 @@ _PLAIN_REPLY = re.compile(
 _CODED_LINE = re.compile(rb"([245][0-9][0-9])(?:[ -](.*))?", re.DOTALL)
 # A client might take a bare CR for the end of the line.
 _LINE_BREAKS_TO_MARK = bytes.maketrans(b"\r\n\0", b"???")
+
+
+REPLY_LIMIT = 256 * 1024  # octets; RFC 5321 does not limit the number of lines
 
 
 class ReplyBuffer:
@@ -1314,6 +1269,9 @@ class HeaderInserter:
         return octets
 
 
+NULS_HELD = 64 * 1024  # NULs at the start of a line, until it is clear what follows
+
+
 class DotStuffer:
     """Gives every line that begins with a dot another one.
 
@@ -1451,6 +1409,10 @@ def rfc5322_date(seconds: float) -> str:
 # ---------------------------------------------------------------------------
 # The PROXY header (HAProxy's proxy-protocol.txt, versions 1 and 2)
 # ---------------------------------------------------------------------------
+
+
+PROXY_1_LIMIT = 107  # octets with the CRLF, says the protocol
+PROXY_2_LIMIT = 4096  # the protocol allows 64 KiB; no real sender uses 4 KiB
 
 
 class ProxyHeader(NamedTuple):
@@ -1663,6 +1625,9 @@ class Envelope:
         yield line + end
 
 
+ADDRESS_SHOWN = 256  # characters of an address in the log line of a message
+
+
 _NOT_LOGGABLE = re.compile(rb"[^!-~]|[,\\]")
 
 
@@ -1740,6 +1705,9 @@ def plain_words(command: str) -> Optional[list[bytes]]:
     return None if words[0] in _SHELL_WORDS else words
 
 
+LINE_KEPT = 1024  # octets of a line of the filter's standard error
+
+
 class LastLine:
     """Keeps the last line of a stream that is not blank, in bounded memory."""
 
@@ -1759,6 +1727,9 @@ class LastLine:
     def text(self) -> bytes:
         """The line without blanks around it, or empty if there was none."""
         return self._begun.strip() or self._whole.strip()
+
+
+EXCERPT_KEPT = 8 * 1024  # octets of its start, and as many of its end
 
 
 class Excerpt:
@@ -2190,6 +2161,9 @@ _PRIORITIES = (
 )
 
 
+LOG_PATIENCE = 2.0  # seconds to wait for a reader of standard error that has stopped
+
+
 class StandardError:
     """Writes log lines to standard error, each in one system call to stay whole.
 
@@ -2423,6 +2397,12 @@ class Channel:
         self._log.debug(f"{self.side} connection closed")
 
 
+CLIENT_POLL = 0.05  # seconds to wait for a busy client before others are looked at
+REPLIES_HELD = 64 * 1024  # octets of replies to pipelined commands in one write
+LINGER = 2.0  # seconds for a client to read our last reply
+LINGER_OCTETS = 16 * 1024 * 1024
+
+
 class ClientChannel(Channel):
     """The client's side: command lines and mail data in, replies out."""
 
@@ -2507,6 +2487,9 @@ class ClientChannel(Channel):
                 if not octets:
                     break
                 left -= len(octets)
+
+
+REPLY_HOLD = 0.5  # seconds to hold pipelined replies back while the server is silent
 
 
 class ServerChannel(Channel):
@@ -2844,6 +2827,9 @@ def spool_errors() -> Iterator[None]:
         raise SpoolFailure(f"couldn't write to cache file: {reason(error)}") from error
 
 
+SPOOL_MEMORY = 1024 * 1024  # longer messages are kept in a file
+
+
 AnySpool = TypeVar("AnySpool", bound="Spool")
 
 
@@ -3085,6 +3071,9 @@ def live_groups() -> dict[int, None]:
     return groups
 
 
+GROUP_CHECK = 0.05  # seconds between checks of what is left of process groups
+
+
 class GroupWatch:
     """Knows which process groups live; all sessions share one look at /proc."""
 
@@ -3218,6 +3207,11 @@ def open_null() -> int:
     except OSError as error:
         text = f"couldn't open {os.devnull}: {reason(error)}"
         raise OSError(error.errno, text) from error
+
+
+KILL_GRACE = 2.0  # seconds between SIGTERM and SIGKILL
+END_CHECK = 0.5  # seconds between checks for the shutdown while a filter runs
+PIPE_MOST = 1024 * 1024  # the capacity that a filter may give it (pipe(7))
 
 
 class FilterRun:
@@ -3641,6 +3635,9 @@ class Shutdown:
             run.end_late_start()
 
 
+TIMES_KEPT = 1000  # of the last messages, for the statistics
+
+
 class Statistics:
     """What was done since the start, for SIGUSR1.
 
@@ -3760,6 +3757,9 @@ def count_entries(directory: str) -> int:
     with contextlib.suppress(OSError):
         return len(os.listdir(directory))
     return 0
+
+
+LOCK_PATIENCE = 0.1  # seconds for a lock whose holder may have been stopped
 
 
 class ConnectionLimit:
@@ -3894,6 +3894,12 @@ class Shared:
 # ---------------------------------------------------------------------------
 # One message
 # ---------------------------------------------------------------------------
+
+
+# Seconds to wait for SIGTERM before an uncoded verdict is trusted: systemd may have
+# signalled the filter first.
+STOP_NOTICE = 0.2
+MESSAGE_ID_WITHIN = 16 * 1024  # octets of a message in which the field is looked for
 
 
 class Transaction:
@@ -4335,6 +4341,15 @@ class XclientState(Enum):
     DUE = auto()
     TRIED = auto()  # not offered, but another EHLO may be answered by an offer
     DONE = auto()  # told, or refused, or not wanted
+
+
+MAX_ERRORS = 100  # commands that we refuse in a session, before it ends
+MAX_ERRORS_IN_A_ROW = 20
+# Replies to XCLIENT that refuse the command, or us, but not the client.
+XCLIENT_UNAVAILABLE = frozenset((500, 501, 502, 503, 504, 550))
+# Attributes to assume if there was no EHLO reply to list them.  Without NAME the server
+# would keep our own host's name for the client.
+XCLIENT_UNLISTED = frozenset((b"NAME",))
 
 
 class Session:
@@ -4825,6 +4840,12 @@ class Session:
 # ---------------------------------------------------------------------------
 
 
+LISTEN_QUEUE = 1024
+MEMORY_MARGIN = 4 * 1024 * 1024  # octets that must be free to start a session
+ACCEPT_PAUSE = 0.2  # seconds without accepting when the system is exhausted
+LATE_START_CHECK = 1.0  # seconds between checks for programs that do not begin
+
+
 class Listener(socketserver.ThreadingTCPServer):
     """Accepts connections and gives each a thread and a `Session`.
 
@@ -5171,6 +5192,11 @@ class Worker:
         return bool(octets)
 
 
+FORK_PAUSE = 0.25  # seconds between two workers that replace others
+REPORT_PATIENCE = 1.0  # seconds for the workers to report their statistics
+WORKERS_GRACE = 0.4  # seconds from SIGQUIT to SIGKILL for the workers
+
+
 class Supervisor:
     """Forks workers, replaces those that die, and passes signals on to them.
 
@@ -5421,6 +5447,9 @@ def serve_alone(daemon: Daemon) -> None:
 def log_report(statistics: Statistics, limit: ConnectionLimit, log: Log) -> None:
     for line in statistics.report(limit.total, limit.peak):
         log.notice(f"statistics: {line}")
+
+
+CONNECTIONS_EACH = 8  # connections that are worth a process (Processes: auto)
 
 
 def process_count(config: Config) -> int:
@@ -6252,6 +6281,9 @@ def server_warnings(config: Config) -> list[str]:
     ]
 
 
+SCRIPT_LOOKED_AT = 1024 * 1024  # octets of a filter that may use REMOTE
+
+
 def uses_remote(config: Config) -> bool:
     """Return whether the filter has a use for XFORWARD, as far as its text shows."""
     if "REMOTE" in config.filter_command:
@@ -6338,6 +6370,9 @@ def close_on_exec() -> None:
                 os.set_inheritable(descriptor, False)
 
 
+FIRST_PASSED = 3  # SD_LISTEN_FDS_START
+
+
 def passed_socket() -> Optional[socket.socket]:
     """Return the listening socket that systemd has passed (sd_listen_fds(3)), or None.
 
@@ -6369,6 +6404,9 @@ def close_inherited(kept: Optional[socket.socket]) -> None:
                 os.close(descriptor)
 
 
+MOST_INHERITED = 65536  # descriptors to try where the system does not list them
+
+
 def possible_descriptors() -> Sequence[int]:
     """Return the descriptors that we have, and perhaps others."""
     if IS_LINUX:  # elsewhere the directory may have the standard ones only
@@ -6377,6 +6415,11 @@ def possible_descriptors() -> Sequence[int]:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     is_bounded = 0 <= soft < MOST_INHERITED  # RLIM_INFINITY may be below 0
     return range(soft if is_bounded else MOST_INHERITED)
+
+
+DESCRIPTORS_APART = 32  # descriptors of the process besides the connections'
+DESCRIPTORS_EACH = 10  # descriptors of a connection with a filter
+MACOS_DESCRIPTORS = 10240  # OPEN_MAX, the highest limit that macOS accepts
 
 
 def raise_descriptor_limit(config: Config) -> int:
@@ -6399,6 +6442,9 @@ def name_process() -> None:
     """Be called proxsmtpd, also when started as an argument of python3."""
     with contextlib.suppress(OSError), open("/proc/self/comm", "w") as file:
         file.write(NAME)
+
+
+NOTIFY_SECONDS = 1.0  # to wait for a busy service manager
 
 
 class ServiceManager:
@@ -6570,6 +6616,9 @@ def give_up_output(error: OSError, log: Log) -> None:
         os.dup2(open_null(), sys.stdout.fileno())
     except OSError as fault:
         log.error(reason(fault))
+
+
+STACK_SIZE = 512 * 1024
 
 
 class Daemon:
