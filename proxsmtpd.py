@@ -552,8 +552,8 @@ class Command(NamedTuple):
         if not self.argument or not VERBS.get(self.verb, UNKNOWN_VERB).is_secret:
             return self.line
         words = self.line.split()
-        shown = words[:2] if self.verb == b"AUTH" else words[:1]
-        return b" ".join([*shown, *(b"[...]" for _ in words[len(shown) :])])
+        public = words[:2] if self.verb == b"AUTH" else words[:1]
+        return b" ".join([*public, *(b"[...]" for _ in words[len(public) :])])
 
 
 # The pieces of a path (RFC 5321 4.1.2), and of what RFC 822 allows more of.  Dots may
@@ -3274,7 +3274,7 @@ class FilterRun:
             with contextlib.ExitStack() as child_ends:
                 self._spawn(command, environment, self._make_pipes(child_ends))
             self._lower_descriptor_limit()
-            self._watch()
+            self._watch_exit()
         except (OSError, RuntimeError) as error:
             text = reason(error) if isinstance(error, OSError) else str(error)
             raise FilterFailure(f"couldn't start filter command: {text}") from error
@@ -3349,8 +3349,8 @@ class FilterRun:
             with contextlib.suppress(OSError):  # another user's, or gone
                 resource.prlimit(self._pid, resource.RLIMIT_NOFILE, limits)
 
-    def _watch(self) -> None:
-        """Get a descriptor that can be read, or hangs up, when the process ends."""
+    def _watch_exit(self) -> None:
+        """Open a descriptor that becomes readable, or hangs up, at the process's end."""
         try:
             self._end = os.pidfd_open(self._pid)
         except (AttributeError, OSError):
@@ -4454,8 +4454,8 @@ class Session:
         try:
             targets = resolve(address, address.host)
             # `_original_destination` has a check of its own.
-            is_loop = leads_to_listener(targets, self.shared.listening_on)
-            if is_loop and not self.config.is_transparent:
+            leads_back = leads_to_listener(targets, self.shared.listening_on)
+            if leads_back and not self.config.is_transparent:
                 raise ServerLost(f"loop detected: {OWN_LISTENER}", NO_SERVER)
             sock, sockaddr = connect(targets, self.config.timeout, source)
             self.server = ServerChannel(
@@ -4492,11 +4492,11 @@ class Session:
                 host, port = self.client.original_destination(self.client_peer)
             family, name = self.shared.listening_on
             is_our_port = family != socket.AF_UNIX and port == name[1]
-            is_loop = is_our_port and is_own_address(host)
+            leads_back = is_our_port and is_own_address(host)
         except OSError as error:
             text = "couldn't get source address for transparent proxying"
             raise ServerLost(f"{text}: {reason(error)}", NO_DESTINATION) from error
-        if is_loop:
+        if leads_back:
             raise ServerLost("loop detected in transparent proxying", NO_DESTINATION)
         text = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         return Address(text, host, port)
@@ -5231,7 +5231,7 @@ class Supervisor:
                 self._fork(number)
             while not self._signals.count:
                 is_complete = self._replace()
-                self._watch(None if is_complete else FORK_PAUSE)
+                self._wait(None if is_complete else FORK_PAUSE)
                 if self._signals.take_report():
                     self._report()
                 if self._signals.take_reload():
@@ -5301,7 +5301,7 @@ class Supervisor:
                 log_fault(self._log, *sys.exc_info())
             os._exit(status)
 
-    def _watch(self, seconds: Optional[float]) -> None:
+    def _wait(self, seconds: Optional[float]) -> None:
         """Wait for a signal, or for what a worker reports."""
         poller = select.poll()
         poller.register(self._signals.fileno(), select.POLLIN)
@@ -5339,7 +5339,7 @@ class Supervisor:
             any(worker.is_asked for worker in self._workers.values())
             and not deadline.has_passed
         ):
-            self._watch(deadline.left)
+            self._wait(deadline.left)
         total = Statistics(self._begun)
         total.note_resources()
         total.add(self._ended.pack())
@@ -5373,7 +5373,7 @@ class Supervisor:
             worker.signal(signal.SIGCONT)  # one that has been stopped could not end
         deadline = Deadline(DATA_GRACE + FILTER_GRACE + LAST_GRACE)
         while self._workers and self._signals.count < 2 and not deadline.has_passed:
-            self._watch(deadline.left)
+            self._wait(deadline.left)
         if self._workers:
             self.end_now()
 
@@ -6546,7 +6546,7 @@ def carry_out(options: Options, log: Log) -> int:
         close_on_exec()
         return DryRun(config, log, directory).run(options.messages)
     if options.check:
-        return check(config, log)
+        return check_config(config, log)
     return Daemon(config, options, log, directory).run()
 
 
@@ -6587,7 +6587,7 @@ def load_config(path: str, directory: bytes, log: Log) -> Optional[Config]:
     return None if errors else config
 
 
-def check(config: Config, log: Log) -> int:
+def check_config(config: Config, log: Log) -> int:
     """Look for what is probably wrong (-t); the configuration itself is right."""
     found = warnings_of(config)
     if config.user and find_user(config.user) is None:
