@@ -3350,7 +3350,7 @@ class FilterRun:
                 resource.prlimit(self._pid, resource.RLIMIT_NOFILE, limits)
 
     def _watch_exit(self) -> None:
-        """Open a descriptor that is readable, or hangs up, once the process has ended."""
+        """Open a descriptor that is readable once the process has ended."""
         try:
             self._end = os.pidfd_open(self._pid)
         except (AttributeError, OSError):
