@@ -120,7 +120,7 @@ class Target(NamedTuple):
 
     def clear(self) -> None:
         """Take away what was planted."""
-        if self.path.is_dir() and not self.path.is_symlink():
+        if not self.path.is_symlink() and self.path.is_dir():
             self.path.rmdir()
         else:
             self.path.unlink()
