@@ -33,7 +33,7 @@ from helpers import (
     write_config,
 )
 from proxsmtpd import DATA_GRACE, LOG_LINE_LIMIT
-from smtp import Chunks, RawClient, ScriptedServer
+from smtp import Chunks, Delay, RawClient, ScriptedServer
 
 GONE = b"421 Connection to server lost\r\n"
 
@@ -289,3 +289,20 @@ def test_long_lines_are_not_torn(proxsmtpd: StartDaemon) -> None:
     parts = re.findall(r"(?:CLIENT < NOOP |: \.\.\. )((?:\\xff|[\\xf])+)$", text, re.M)
     assert sum(len(part) for part in parts[:3]) == 2000 * len(r"\xff")
     assert len(parts[0]) > LOG_LINE_LIMIT - 100
+
+
+def test_accepted_message_is_logged_though_the_client_has_gone(
+    make_server: MakeServer, proxsmtpd: StartDaemon
+) -> None:
+    """It has gone after the last look at it, before it could read the reply."""
+    server = make_server({"DOT": Delay(1, b"250 2.0.0 Ok: queued\r\n")})
+    daemon = proxsmtpd({"FilterCommand": "cat"}, server=server)
+    client = daemon.connect()
+    client.start()
+    client.expect(b"DATA", b"354")
+    client.send(b"Hello\r\n.\r\n")
+    daemon.wait_log(": sent email data$")
+    client.reset()
+    daemon.wait_log(r": client=127\.0\.0\.1, from=.*, status=FILTERED$")
+    daemon.wait_log(r": size=7, filter=.*, reply=250 2\.0\.0 Ok: queued$")
+    assert len(server.messages) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import itertools
 import os
@@ -15,9 +16,12 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+import proxsmtpd as program
 from helpers import (
     MESSAGE,
     QUEUED,
@@ -387,7 +391,113 @@ def test_unix_socket_goes_with_the_supervisor_only(
     assert not path.exists()
 
 
+def test_killed_worker_that_finishes_its_sessions_is_reported(
+    proxsmtpd: StartDaemon,
+) -> None:
+    daemon = proxsmtpd({"Processes": 2})
+    old, _ = workers(daemon, 2)
+    client = client_of(daemon, old)
+    reload(daemon, FilterCommand="cat")
+    assert poll(lambda: len(children(daemon.process.pid)) == 3)
+    os.kill(old, signal.SIGKILL)
+    daemon.wait_log(rf"worker process died \(pid {old}\): killed by signal 9$")
+    workers(daemon, 2)
+    with pytest.raises((AssertionError, OSError)):
+        client.reply()
+
+
+# --- The parts ---
+
+
+@pytest.fixture
+def parts() -> Iterator[Any]:
+    """What a supervisor needs of the daemon, with a listener that serves nobody."""
+    lines: list[str] = []
+    log = program.Log(program.DEBUG, lambda _level, text: lines.append(text))
+    with reserve_port() as holder:
+        text = f"OutAddress: 25\nListen: 127.0.0.1:{port_of(holder)}\nProcesses: 2\n"
+        config, errors = program.parse_config(text.encode(), "")
+        assert errors == []
+        limit = program.ConnectionLimit(b"/tmp", is_shared=True)
+        with program.Listener(config, log, limit) as listener:
+            yield SimpleNamespace(
+                config=config,
+                limit=limit,
+                listener=listener,
+                lines=lines,
+                log=log,
+                signals=program.Signals(),
+            )
+
+
+def test_forks_that_fail_leak_nothing(
+    parts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> int:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    supervisor = program.Supervisor(parts)
+    monkeypatch.setattr(os, "fork", refuse)
+    before = os.listdir("/dev/fd")
+    for _ in range(5):
+        supervisor._fork(0)
+    assert os.listdir("/dev/fd") == before
+    failed = "couldn't start worker process: Resource temporarily unavailable"
+    assert parts.lines.count(failed) == 5
+    assert parts.limit.assign_row() == 0  # the row is free, too
+
+
+def test_signal_while_nothing_can_be_accepted(
+    parts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is seen although the listener has waited for a moment."""
+    listener, signals = parts.listener, parts.signals
+    listener.attach(program.Shared(parts.config, parts.log, {}), signals)
+
+    def refuse(_self: object) -> None:
+        raise OSError(errno.ENFILE, os.strerror(errno.ENFILE))
+
+    def end() -> None:
+        signals.count = 1
+        signals.wake()
+
+    monkeypatch.setattr(program.Listener, "get_request", refuse)
+    monkeypatch.setattr(program.Listener, "_refuse_with_spare", lambda _self: False)
+    with socket.create_connection(listener.server_address):
+        serving_thread = threading.Thread(target=listener.serve, daemon=True)
+        serving_thread.start()
+        assert poll(lambda: any("couldn't accept" in line for line in parts.lines))
+        end()
+        serving_thread.join(10)
+        assert not serving_thread.is_alive()
+
+
+def test_retired_worker_without_sessions_does_not_wait(parts: Any) -> None:
+    parts.listener.attach(program.Shared(parts.config, parts.log, {}), parts.signals)
+    parts.listener.finish(-1)
+
+
 # --- SIGHUP ---
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_relative_directory_after_a_reload(
+    processes: int, proxsmtpd: StartDaemon, tmp_path: Path
+) -> None:
+    """It is still relative to where the daemon was started."""
+    saved = tmp_path / "saved"
+    (tmp_path / "spool").mkdir()
+    command = f'echo "$TMPDIR" >{saved}; cat'
+    settings = {"Processes": processes, "TempDirectory": "spool"}
+    daemon = proxsmtpd({**settings, "FilterCommand": "cat"}, cwd=tmp_path)
+    reload(daemon, FilterCommand=command)
+
+    def is_new() -> bool:
+        assert daemon.connect().message(MESSAGE) == QUEUED
+        return saved.exists()
+
+    assert poll(is_new)
+    assert saved.read_text() == f"{tmp_path}/spool\n"
 
 
 @pytest.mark.parametrize("processes", [1, 2])
