@@ -390,6 +390,11 @@ def _is_numeric(family: int, host: str) -> bool:
     return True
 
 
+def is_numeric(host: str) -> bool:
+    """Return whether `host` is an IP address."""
+    return _is_numeric(socket.AF_INET, host) or is_ipv6(host)
+
+
 def is_ipv6(host: str) -> bool:
     """Return whether `host` is an IPv6 address, perhaps with a scope (``%eth0``)."""
     return _is_numeric(socket.AF_INET6, host.partition("%")[0])
@@ -397,7 +402,7 @@ def is_ipv6(host: str) -> bool:
 
 def is_host(host: str) -> bool:
     """Return whether `host` is an IP address or could be a name."""
-    if _is_numeric(socket.AF_INET, host) or is_ipv6(host):
+    if is_numeric(host):
         return True
     if _NUMERIC_HOST.fullmatch(host):
         return False
@@ -2074,9 +2079,12 @@ def default_config() -> Config:
     return config
 
 
-def parse_config(octets: bytes, path: str) -> tuple[Config, list[ConfigError]]:
+def parse_config(
+    octets: bytes, path: str, adapt: Optional[Callable[[Config], None]] = None
+) -> tuple[Config, list[ConfigError]]:
     """Parse a configuration file's octets; `path` is for the error texts.
 
+    `adapt` may change the settings before they are checked against each other.
     Returns the settings and every fault that was found.
     """
     config = default_config()
@@ -2091,6 +2099,8 @@ def parse_config(octets: bytes, path: str) -> tuple[Config, list[ConfigError]]:
                 setattr(config, setting.attribute, parse_value(setting, text))
             except ValueError as error:
                 errors.append(ConfigError(str(error), path, number))
+    if adapt is not None:
+        adapt(config)
     if "OutAddress" not in mentioned and not config.is_transparent:
         errors.append(ConfigError("no OutAddress specified.", path))
     if config.is_transparent and not IS_LINUX:
@@ -2646,7 +2656,9 @@ def leads_to_listener(
     listener_family, name = listener
     if listener_family == socket.AF_UNIX:
         paths = [path for family, path in targets if family == socket.AF_UNIX]
-        return any(os.path.realpath(path) == os.path.realpath(name) for path in paths)
+        own = os.fsencode(name)  # systemd may pass an abstract one, which is no path
+        own = own if own.startswith(b"\0") else os.path.realpath(own)
+        return any(os.path.realpath(path) == own for path in paths)
     for family, sockaddr in targets:
         if family != socket.AF_UNIX and sockaddr[1] == name[1]:
             host = Peer.of(sockaddr).host
@@ -2661,14 +2673,20 @@ def leads_to_listener(
 OWN_LISTENER = "OutAddress leads to this proxy's own Listen address"
 
 
-def is_loop(config: Config) -> bool:
-    """Return whether OutAddress is surely Listen, as names are resolved now."""
+def is_loop(config: Config, *, may_wait: bool) -> bool:
+    """Return whether OutAddress is surely Listen, as far as it is known now.
+
+    A name is resolved only if we `may_wait`; otherwise the sessions find out.
+    """
     address = config.out_address
     # A port alone is on the client's machine, which a session knows.
     if address is None or address.is_any or config.is_transparent:
         return False
+    hosts = [each.host for each in (address, config.listen) if each.host]
     if address.port != config.listen.port:
-        return False  # without asking for the name's address
+        return False  # without resolving the name
+    if not may_wait and not all(map(is_numeric, hosts)):
+        return False
     try:
         targets = resolve(address, address.host)
         return leads_to_listener(targets, listen_target(config.listen))
@@ -3815,7 +3833,7 @@ class ConnectionLimit:
         deadline = Deadline(LOCK_PATIENCE)
         while not deadline.has_passed:
             # After LOCK_PATIENCE go on without it, since its holder may have been
-            # stopped.  Then there may be a connection too many.
+            # stopped.  Then there may be a connection too many, or a number twice.
             with contextlib.suppress(OSError):
                 fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
@@ -5168,6 +5186,11 @@ class Worker:
         self.number = number  # among the workers of its configuration
         self.row = row  # of `ConnectionLimit`
         self.reports = reports  # a pipe for its statistics, which ends with it
+        os.set_blocking(reports, False)
+        # The pipe stays open while a filter of its has not been executed yet.
+        self.end = -1  # a descriptor that is readable when it has ended, where there is
+        with contextlib.suppress(AttributeError, OSError):
+            self.end = os.pidfd_open(pid)
         self.is_retired = False  # it only finishes its sessions
         self.is_asked = False  # for a report
         self.snapshot = b""  # the last report
@@ -5181,7 +5204,10 @@ class Worker:
 
     def receive(self) -> bool:
         """Take what has come through the pipe; return False at its end."""
-        octets = os.read(self.reports, PIPE_BLOCK)
+        try:
+            octets = os.read(self.reports, PIPE_BLOCK)
+        except BlockingIOError:
+            return True
         self._received += octets
         while len(self._received) >= 4:
             end = 4 + int.from_bytes(self._received[:4], "big")
@@ -5190,6 +5216,12 @@ class Worker:
             self.snapshot, self._received = self._received[4:end], self._received[end:]
             self.is_asked = False
         return bool(octets)
+
+    def close(self) -> None:
+        """Close its descriptors."""
+        os.close(self.reports)
+        if self.end >= 0:
+            os.close(self.end)
 
 
 FORK_PAUSE = 0.25  # seconds between two workers that replace others
@@ -5203,8 +5235,8 @@ class Supervisor:
         SIGTERM, SIGINT   close the pipe that the workers watch; each ends in good order
         a second one      SIGQUIT to the workers, which end at once
         SIGUSR1           the same to each worker, and one report of their answers
-        SIGHUP            fork workers with the new configuration, and SIGHUP to the old
-                          ones, which finish their sessions and end
+        SIGHUP            fork workers with the new configuration, and SIGUSR2 to the
+                          old ones, which finish their sessions and end
 
     Workers that lose their supervisor see the pipe's end, too.  This process has one
     thread only, since no other would survive a fork.
@@ -5232,7 +5264,7 @@ class Supervisor:
             while not self._signals.count:
                 is_complete = self._replace()
                 self._wait(None if is_complete else FORK_PAUSE)
-                if self._signals.take_report():
+                while self._signals.take_report():  # another may come meanwhile
                     self._report()
                 if self._signals.take_reload():
                     self._reload()
@@ -5258,7 +5290,7 @@ class Supervisor:
             self._fork(missing[0])
         return False
 
-    def _fork(self, number: int) -> None:
+    def _fork(self, number: int) -> bool:
         """Fork a worker; an error is logged, and `_replace` tries again."""
         row = self._limit.assign_row()
         pipe: tuple[int, ...] = ()
@@ -5275,8 +5307,9 @@ class Supervisor:
                 os.close(descriptor)
             self._log.error(f"couldn't start worker process: {reason(error)}")
             self._limit.clear_row(row)
-        else:
-            self._log.debug(f"started worker process (pid {pid})")
+            return False
+        self._log.debug(f"started worker process (pid {pid})")
+        return True
 
     def _be_worker(
         self, number: int, row: int, reports: int, reports_end: int
@@ -5285,8 +5318,10 @@ class Supervisor:
         status = 1
         try:
             self._signals.close()
-            for descriptor in (self._life_end, reports, *self._workers):
-                os.close(descriptor)
+            os.close(self._life_end)
+            os.close(reports)
+            for worker in self._workers.values():
+                worker.close()
             self._limit.use_row(row)
             shared = self._daemon.make_shared()
             shared.affinity.pin(os.getppid() + number)
@@ -5297,25 +5332,35 @@ class Supervisor:
             serve_as_worker(self._listener, shared, signals, self._life, reports_end)
             status = 0
         finally:
-            if status:
-                log_fault(self._log, *sys.exc_info())
-            os._exit(status)
+            try:
+                if status:
+                    log_fault(self._log, *sys.exc_info())
+            finally:
+                os._exit(status)
 
     def _wait(self, seconds: Optional[float]) -> None:
         """Wait for a signal, or for what a worker reports."""
         poller = select.poll()
         poller.register(self._signals.fileno(), select.POLLIN)
-        for descriptor in self._workers:
-            poller.register(descriptor, select.POLLIN)
-        for ready, _ in poller.poll(None if seconds is None else seconds * 1000):
-            if ready not in self._workers:
-                self._signals.drain()
-            elif not self._workers[ready].receive():
-                self._bury(self._workers.pop(ready))
+        for worker in self._workers.values():
+            poller.register(worker.reports, select.POLLIN)
+            if worker.end >= 0:
+                poller.register(worker.end, select.POLLIN)
+        found = poller.poll(None if seconds is None else seconds * 1000)
+        ready = [descriptor for descriptor, _ in found]
+        if self._signals.fileno() in ready:
+            self._signals.drain()
+        for worker in list(self._workers.values()):
+            has_ended = worker.end in ready
+            if worker.reports in ready or has_ended:
+                has_ended |= not worker.receive()
+            if has_ended:
+                del self._workers[worker.reports]
+                self._bury(worker)
 
     def _bury(self, worker: Worker) -> None:
         """Forget a worker that has ended."""
-        os.close(worker.reports)
+        worker.close()
         status = wait_for_exit(worker.pid)
         self._limit.clear_row(worker.row)
         if worker.snapshot:
@@ -5353,15 +5398,16 @@ class Supervisor:
         if len(self._workers) > self._limit.MOST_ROWS - MAX_PROCESSES:
             self._log.error("couldn't reload: too many old worker processes")
             return
-        if not self._daemon.reload():
-            return
-        old = self._current()
-        for worker in old:
-            worker.is_retired = True
-        for number in range(process_count(self._daemon.config)):
-            self._fork(number)
-        for worker in old:
-            worker.signal(signal.SIGHUP)
+        if self._daemon.reload():
+            old = self._current()
+            numbers = range(process_count(self._daemon.config))
+            if sum(map(self._fork, numbers)):  # else the old ones go on accepting
+                for worker in old:
+                    worker.is_retired = True
+                    worker.signal(signal.SIGUSR2)
+            else:
+                self._log.error("couldn't reload: the old worker processes go on")
+        self._daemon.notify_ready()
 
     # The end
 
@@ -5412,7 +5458,7 @@ def serve_as_worker(
                 listener.serve(life)
             if signals.take_report():
                 send_report(statistics, reports)
-            is_retired |= signals.take_reload()
+            is_retired |= signals.take_retirement()
     finally:
         listener.end()
         send_report(statistics, reports)
@@ -5437,8 +5483,10 @@ def serve_alone(daemon: Daemon) -> None:
                 statistics = listener.shared.statistics
                 statistics.note_resources()
                 log_report(statistics, daemon.limit, daemon.log)
-            if signals.take_reload() and daemon.reload():
-                listener.attach(listener.shared.with_config(daemon.config), signals)
+            if signals.take_reload():
+                if daemon.reload():
+                    listener.attach(listener.shared.with_config(daemon.config), signals)
+                daemon.notify_ready()
     finally:
         daemon.notify_end()
         listener.end()
@@ -5457,7 +5505,8 @@ def process_count(config: Config) -> int:
     if config.processes:
         return config.processes
     processors = len(usable_processors()) or os.cpu_count() or 1
-    return max(1, min(processors, config.max_connections // CONNECTIONS_EACH))
+    most = min(MAX_PROCESSES, config.max_connections // CONNECTIONS_EACH)
+    return max(1, min(processors, most))
 
 
 # ---------------------------------------------------------------------------
@@ -5832,6 +5881,7 @@ class Signals:
         signal.signal(signal.SIGINT, self._count)
         if self._is_worker:
             signal.signal(signal.SIGQUIT, self._quit)
+            signal.signal(signal.SIGUSR2, self._note)
         signal.signal(signal.SIGUSR1, self._note)
         signal.signal(signal.SIGHUP, self._note)
         # Not SIG_IGN, which the filters would inherit.
@@ -5875,6 +5925,10 @@ class Signals:
     def take_reload(self) -> bool:
         """Return whether SIGHUP has come since the last call."""
         return self._noted.pop(signal.SIGHUP, False)
+
+    def take_retirement(self) -> bool:
+        """Return whether SIGUSR2 has come, with which the supervisor retires us."""
+        return self._noted.pop(signal.SIGUSR2, False)
 
     def fileno(self) -> int:
         return self._read_end
@@ -6008,7 +6062,7 @@ def write_pid_file(path: str, at_end: contextlib.ExitStack) -> None:
         raise SystemRefused(text) from error
 
 
-def drop_privileges(config: Config, log: Log) -> None:
+def drop_privileges(config: Config, log: Log, *, is_passed: bool = False) -> None:
     """Become User for good, if it is set; `SystemRefused` if that fails."""
     withhold_capabilities()
     user = config.user
@@ -6025,7 +6079,7 @@ def drop_privileges(config: Config, log: Log) -> None:
         text = f"must be started as root to switch to user: {shown(user)}"
         raise SystemRefused(text)
     try:
-        if config.listen.path:
+        if config.listen.path and not is_passed:
             # It has been made as root; the original made it as the user.
             path = to_octets(config.listen.path)
             os.chown(path, entry.pw_uid, entry.pw_gid, follow_symlinks=False)
@@ -6373,14 +6427,20 @@ def close_on_exec() -> None:
 FIRST_PASSED = 3  # SD_LISTEN_FDS_START
 
 
+def is_socket_passed() -> bool:
+    """Return whether systemd has passed sockets to this process."""
+    is_ours = os.environ.get("LISTEN_PID") == str(os.getpid())
+    return is_ours and os.environ.get("LISTEN_FDS", "0") != "0"
+
+
 def passed_socket() -> Optional[socket.socket]:
     """Return the listening socket that systemd has passed (sd_listen_fds(3)), or None.
 
     Raises `SystemRefused` if it has passed something else.
     """
-    count = os.environ.get("LISTEN_FDS", "0")
-    if os.environ.get("LISTEN_PID") != str(os.getpid()) or count == "0":
+    if not is_socket_passed():
         return None
+    count = os.environ["LISTEN_FDS"]
     if count != "1":
         raise SystemRefused(f"expected one listening socket, got {shown(count)}")
     try:
@@ -6560,10 +6620,15 @@ def make_log(options: Options) -> Log:
     return Log(INFO, to_standard_error, to_syslog)
 
 
-def load_config(path: str, directory: bytes, log: Log) -> Optional[Config]:
+def load_config(
+    path: str,
+    directory: bytes,
+    log: Log,
+    adapt: Optional[Callable[[Config], None]] = None,
+) -> Optional[Config]:
     """Read the configuration; log what is wrong with it, and then return None.
 
-    `directory` is what paths in it are relative to.
+    `directory` is what paths in it are relative to, `adapt` is as in `parse_config`.
 
     Raises `SystemRefused` if there is a file that cannot be read.
     """
@@ -6577,10 +6642,11 @@ def load_config(path: str, directory: bytes, log: Log) -> Optional[Config]:
     except OSError as error:
         text = f"couldn't read config file: {shown(path)}: {reason(error)}"
         raise SystemRefused(text) from error
-    config, errors = parse_config(octets, path)
+    config, errors = parse_config(octets, path, adapt)
     whole = os.path.join(directory, config.temp_directory)
     config.temp_directory = os.path.abspath(whole)
-    if not errors and is_loop(config):
+    has_listen = not is_socket_passed()
+    if not errors and has_listen and is_loop(config, may_wait=adapt is None):
         errors.append(ConfigError(OWN_LISTENER, path))
     for fault in errors:
         log.error(str(fault))
@@ -6689,13 +6755,13 @@ class Daemon:
         parent = detach() if self._is_detached else None
         self.listener.take_ownership()
         write_pid_file(self._pid_file, at_end)
-        drop_privileges(config, self.log)
+        drop_privileges(config, self.log, is_passed=passed is not None)
         threading.stack_size(STACK_SIZE)
         if parent is not None:
             self.log.places = (to_syslog,)
             self.log.info("running as a daemon")
             announce(parent)
-        self._manager.tell(b"READY=1")
+        self.notify_ready()
         supervisor = None
         if self.is_alone:
             self.listener.attach(self.make_shared(), self.signals)
@@ -6708,6 +6774,10 @@ class Daemon:
     def _raise_descriptor_limit(self) -> None:
         former = raise_descriptor_limit(self.config)
         self._descriptor_limit = self._descriptor_limit or former
+
+    def notify_ready(self) -> None:
+        """Tell the service manager that the start or a reload is over."""
+        self._manager.tell(b"READY=1")
 
     def notify_end(self) -> None:
         """Tell the service manager that the daemon is about to end."""
@@ -6738,18 +6808,17 @@ class Daemon:
         self._manager.tell(b"RELOADING=1\nMONOTONIC_USEC=%d" % monotonic)
         config = None
         try:
-            config = load_config(self._path, self._directory, self.log)
+            keep = self._keep_settings_of_the_start
+            config = load_config(self._path, self._directory, self.log, keep)
         except SystemRefused as error:
             self.log.error(str(error))
         if config is None:
             self.log.error("configuration has errors, and stays as it was")
         else:
-            self._keep_settings_of_the_start(config)
             self.config = config
             self._log_warnings()
             self._raise_descriptor_limit()
             self.log.notice("configuration reloaded")
-        self._manager.tell(b"READY=1")
         return config is not None
 
     def _keep_settings_of_the_start(self, config: Config) -> None:
@@ -6786,7 +6855,13 @@ def log_fault(
 
 
 _ENDING = (signal.SIGTERM, signal.SIGINT)
-_HANDLED = (*_ENDING, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1)
+_HANDLED = (
+    *_ENDING,
+    signal.SIGQUIT,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)
 
 
 @contextlib.contextmanager

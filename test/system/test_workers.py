@@ -641,6 +641,92 @@ def test_systemd_is_told_of_a_reload(
         assert notify.recv(100) == b"STOPPING=1"
 
 
+@pytest.mark.parametrize("is_right", [True, False])
+def test_hangup_for_all_processes_at_once(
+    is_right: bool, proxsmtpd: StartDaemon
+) -> None:
+    """As pkill sends it: only the supervisor reads the configuration."""
+    daemon = proxsmtpd({"Processes": 2})
+    pids = workers(daemon, 2)
+    clients = [client_of(daemon, pid) for pid in pids]
+    if not is_right:
+        rewrite(daemon, {"Bogus": "1"})
+    for pid in (*pids, daemon.process.pid):
+        os.kill(pid, signal.SIGHUP)
+    daemon.wait_log("configuration (reloaded|has errors, and stays as it was)$")
+    workers(daemon, 4 if is_right else 2)
+    assert daemon.connect().message(MESSAGE) == QUEUED
+    for client in clients:
+        client.expect(b"NOOP", b"250")
+    assert "died" not in daemon.log()
+
+
+BAD_TOGETHER = {
+    "no OutAddress": ("TransparentProxy: client\n", r"no OutAddress specified\.$"),
+    "a loop": (
+        "Listen: 127.0.0.1:1\nOutAddress: {listen}\n",
+        "OutAddress leads to this proxy's own Listen address$",
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "error"), BAD_TOGETHER.values(), ids=BAD_TOGETHER)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_reload_that_fits_only_what_needs_a_restart(
+    processes: int, text: str, error: str, proxsmtpd: StartDaemon
+) -> None:
+    """The new settings are checked beside those that stay."""
+    daemon = proxsmtpd({"Processes": processes})
+    daemon.config.write_text(
+        text.format(listen=daemon.address) + f"Processes: {processes}\n"
+    )
+    daemon.process.send_signal(signal.SIGHUP)
+    daemon.wait_log(error)
+    daemon.wait_log("configuration has errors, and stays as it was$")
+    assert daemon.connect().message(MESSAGE) == QUEUED
+
+
+def test_reload_while_nothing_can_be_forked(
+    parts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old workers go on accepting."""
+
+    def refuse() -> int:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    parts.reload = lambda: True
+    parts.notify_ready = lambda: None
+    supervisor = program.Supervisor(parts)
+    with subprocess.Popen(["sleep", "60"]) as process:
+        reports, reports_end = os.pipe()
+        worker = program.Worker(process.pid, 0, 0, reports)
+        supervisor._workers[reports] = worker
+        monkeypatch.setattr(os, "fork", refuse)
+        supervisor._reload()
+        assert not worker.is_retired
+        assert process.poll() is None
+        process.kill()
+    os.close(reports_end)
+    worker.close()
+    assert parts.lines[-1] == "couldn't reload: the old worker processes go on"
+
+
+def test_ready_when_the_new_workers_are_there(
+    proxsmtpd: StartDaemon, tmp_path: Path
+) -> None:
+    path = tmp_path / "notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.bind(str(path))
+        notify.settimeout(10)
+        daemon = proxsmtpd({"Processes": 2}, env={"NOTIFY_SOCKET": str(path)})
+        old = workers(daemon, 2)
+        assert notify.recv(100) == b"READY=1"
+        daemon.process.send_signal(signal.SIGHUP)
+        assert notify.recv(100).startswith(b"RELOADING=1\n")
+        assert notify.recv(100) == b"READY=1"
+        assert len({*children(daemon.process.pid)} - {*old}) == 2
+
+
 # --- Socket activation ---
 
 
@@ -663,7 +749,8 @@ def activated(
         pass_fds=[listening.fileno()],
         wait=False,
     )
-    daemon.address = f"127.0.0.1:{port_of(listening)}"
+    if listening.family == socket.AF_INET:
+        daemon.address = f"127.0.0.1:{port_of(listening)}"
     yield daemon
 
 
@@ -693,6 +780,38 @@ def test_passed_socket_is_a_loop(proxsmtpd: StartDaemon) -> None:
         with activated(proxsmtpd, listening, OutAddress=own) as daemon:
             assert daemon.connect().reply() == b"421 Server not available\r\n"
             daemon.wait_log("loop detected: OutAddress leads to")
+
+
+def test_passed_unix_socket_is_a_loop(proxsmtpd: StartDaemon, tmp_path: Path) -> None:
+    path = str(tmp_path / "passed")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(path)
+        listening.listen()
+        with activated(proxsmtpd, listening, OutAddress=path) as daemon:
+            daemon.address = path
+            assert daemon.connect().reply() == b"421 Server not available\r\n"
+            daemon.wait_log("loop detected: OutAddress leads to")
+
+
+def test_worker_killed_while_a_program_does_not_begin(
+    proxsmtpd: StartDaemon, tmp_path: Path
+) -> None:
+    """Its end is seen although the one that was to become the filter lives."""
+    script = tmp_path / "fifo"
+    os.mkfifo(script, 0o755)
+    daemon = proxsmtpd({"Processes": 2, "FilterCommand": f"exec 3<{script}; cat"})
+    killed, other = workers(daemon, 2)
+    client = client_of(daemon, killed)
+    client.send(TRANSACTION + b"DATA\r\n")
+    for code in (b"250", b"250", b"250", b"354"):
+        assert client.reply()[:3] == code
+    client.send(MESSAGE + b".\r\n")
+    daemon.wait_log(": executed filter command")
+    os.kill(killed, signal.SIGKILL)
+    daemon.wait_log(rf"worker process died \(pid {killed}\): killed by signal 9$")
+    assert other in workers(daemon, 2)
+    with script.open("wb"):
+        pass
 
 
 def test_passed_socket_that_does_not_listen(proxsmtpd: StartDaemon) -> None:
