@@ -587,6 +587,19 @@ def test_readme_names_two_commands_to_try() -> None:
     assert re.findall(r"make \w+", part) == ["make demo", "make check"]
 
 
+def test_readme_and_news_name_the_list_of_differences() -> None:
+    """It is in the manual, in one piece, and there only."""
+    title = "DIFFERENCES FROM PROXSMTP 1.10"
+    for name in ("README", "NEWS"):
+        assert f"proxsmtpd(8), {title}" in " ".join(read(name).split())
+    whole = read("proxsmtpd.8").partition(f".Sh {title}\n")[2].partition("\n.Sh ")[0]
+    parts = re.split(r"^\.Ss ", whole, flags=re.M)[1:]
+    assert len(parts) == 7
+    for part in parts:
+        entries = re.findall(r"^\.It (.+)\n(?!\.It |\.El)", part, re.M)
+        assert len(entries) == part.count("\n.It ") > 2
+
+
 def test_manuals_refer_to_sections_that_exist() -> None:
     """`section` fails for one that does not."""
     for name in ("proxsmtpd.8", "proxsmtpd.conf.5"):
