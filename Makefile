@@ -143,7 +143,7 @@ install:
 	then start='make unit && systemctl enable --now proxsmtpd'; \
 	else start='$(SBINDIR)/proxsmtpd, or the init script in proxsmtpd(8)'; fi; \
 	if test '$(PREFIX)' = /usr; \
-	then config='/etc/proxsmtp/*.conf, or $(SYSCONFDIR)/proxsmtpd.conf'; \
+	then config='/etc/proxsmtp/*.conf (-f FILE)'; \
 	    start='service proxsmtp restart'; \
 	else config='$(SYSCONFDIR)/proxsmtpd.conf'; fi; \
 	echo '1. Add the user _proxsmtp and /var/spool/proxsmtpd: see README, INSTALL IT'; \

@@ -279,7 +279,7 @@ def test_first_filter_of_the_readme(
     sender: str, verdict: tuple[int, bytes, bytes], tmp_path: Path
 ) -> None:
     """The commands make it, at any indentation and more than once."""
-    (block,) = (b for b in literal_blocks("README") if "printf '%s" in b)
+    block = script_of_readme("printf '%s")
     commands = block.replace("/usr/local/libexec", str(tmp_path / "libexec"))
     for text in (textwrap.indent(commands, "    "), commands):
         subprocess.run(["sh", "-e", "-c", text], check=True)
@@ -287,6 +287,43 @@ def test_first_filter_of_the_readme(
     assert script.stat().st_mode & 0o777 == 0o755
     assert len(script.read_text().splitlines()) <= 6
     assert run_script(script.read_text(), tmp_path, SENDER=sender) == verdict
+
+
+def script_of_readme(words: str) -> str:
+    """Return the one block of commands in README that has these words."""
+    (block,) = (block for block in literal_blocks("README") if words in block)
+    return block
+
+
+@requires("dpkg", "/usr/bin/dpkg-divert")
+def test_diversions_of_the_readme_and_their_undo(tmp_path: Path) -> None:
+    """Debian's program and manuals come back."""
+    names = ["sbin/proxsmtpd", "share/man/man8/proxsmtpd.8.gz"]
+    names.append("share/man/man5/proxsmtpd.conf.5.gz")
+    for name in names:
+        path = tmp_path / "usr" / name
+        path.parent.mkdir(parents=True)
+        path.write_text(f"Debian's {name}")
+    (tmp_path / "var/lib/dpkg").mkdir(parents=True)
+    (tmp_path / "var/lib/dpkg/status").touch()
+    elsewhere = f"""
+dpkg-divert() {{ command dpkg-divert --root "{tmp_path}" "$@"; }}
+make() {{ command make DESTDIR="{tmp_path}" PYTHON="{sys.executable}" "$@"; }}
+"""
+
+    def do(words: str) -> None:
+        commands = ["bash", "-e", "-c", elsewhere + script_of_readme(words)]
+        subprocess.run(commands, cwd=ROOT, check=True, capture_output=True)
+
+    do('--divert "$file.orig"')
+    program_file = tmp_path / "usr" / names[0]
+    assert program_file.read_text().startswith("#!")
+    for name in names:
+        assert (tmp_path / f"usr/{name}.orig").read_text() == f"Debian's {name}"
+    do('--remove "$file"')
+    for name in names:
+        assert (tmp_path / "usr" / name).read_text() == f"Debian's {name}"
+        assert not (tmp_path / f"usr/{name}.orig").exists()
 
 
 def test_message_that_the_readme_sends(server: ScriptedServer) -> None:
@@ -574,7 +611,7 @@ def check_init_script(script: Path, holder: socket.socket) -> None:
         return subprocess.run([script, action], check=False).returncode
 
     assert act("status") == stopped
-    for action in ("start", "start", "restart", "force-reload"):
+    for action in ("start", "start", "reload", "restart", "force-reload"):
         assert act(action) == 0
         assert act("status") == running
         with smtplib.SMTP("127.0.0.1", port_of(holder)) as client:
