@@ -30,6 +30,7 @@ from helpers import (
     ROOT,
     MakeFilter,
     StartDaemon,
+    as_root,
     is_listening,
     poll,
     port_of,
@@ -295,6 +296,34 @@ def script_of_readme(words: str) -> str:
     return block
 
 
+@requires("passwd", "/usr/sbin/useradd")
+@requires("util-linux", "/usr/bin/unshare")
+def test_user_and_directory_of_the_readme(tmp_path: Path) -> None:
+    """Made on a machine that has neither; nothing changes the second time."""
+    require_root()
+    commands = script_of_readme("useradd").replace("_proxsmtp", "_newproxsmtp")
+    spool = "/var/spool"
+    script = f"""
+cp -a /etc "{tmp_path}/etc"
+mount --bind "{tmp_path}/etc" /etc
+mount -t tmpfs none {spool}
+{commands}
+{commands}
+getent passwd _newproxsmtp
+stat -c '%U:%G %a' {spool}/proxsmtpd
+"""
+    result = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    *_, entry, directory = result.stdout.splitlines()
+    name, *_, home, shell = entry.split(":")
+    assert (name, home, shell) == ("_newproxsmtp", "/nonexistent", "/usr/sbin/nologin")
+    assert directory == "_newproxsmtp:_newproxsmtp 700"
+
+
 @requires("dpkg", "/usr/bin/dpkg-divert")
 def test_diversions_of_the_readme_and_their_undo(tmp_path: Path) -> None:
     """Debian's program and manuals come back."""
@@ -324,6 +353,20 @@ make() {{ command make DESTDIR="{tmp_path}" PYTHON="{sys.executable}" "$@"; }}
     for name in names:
         assert (tmp_path / "usr" / name).read_text() == f"Debian's {name}"
         assert not (tmp_path / f"usr/{name}.orig").exists()
+
+
+def test_manual_makes_user_and_directory_as_the_readme_does() -> None:
+    (block,) = (b for b in literal_blocks("proxsmtpd.8") if "useradd" in b)
+    assert block.startswith(script_of_readme("useradd"))
+
+
+@as_root
+@requires("nftables", "/usr/sbin/nft")
+def test_rate_limit_of_the_manual_is_taken_by_nft(tmp_path: Path) -> None:
+    (rules,) = (b for b in literal_blocks("proxsmtpd.8") if "limit rate" in b)
+    file = tmp_path / "rules"
+    file.write_text(rules)
+    subprocess.run(["unshare", "--net", "nft", "-f", file], check=True)
 
 
 def test_message_that_the_readme_sends(server: ScriptedServer) -> None:
