@@ -16,19 +16,22 @@ and its exit decides.  The server gets DATA and the filtered message only if the
 agrees, and the client gets 250 only if the server has accepted.  Without a filter the
 mail data streams through in large blocks.
 
-Threads.  The main thread owns the listening socket, the signals and the pid file.  A
-session's thread owns its two sockets, its spools and its filter.  They have `Shared`
-in common: the configuration, the log, the statistics, and `Shutdown`, by which the main
-thread ends sessions and filters.
+Processes.  `Daemon` starts: it binds, writes the pid file, drops privileges.  Then it
+serves alone, or a `Supervisor` forks workers that share its listening socket, each for
+one processor.  In each process the main thread accepts connections and handles signals;
+a session's thread owns its two sockets, its spools and its filter.  The sessions of a
+process have `Shared` in common, with `Shutdown`, which ends them and their filters; all
+processes have `ConnectionLimit` in common.
 
 Where to begin reading: `VERBS` and `Session` are the dialogue, `Transaction` is the
-message, `FilterRun` the filter, `SETTINGS` the configuration, `main` the process.  What
-comes before the section "The log" computes only: no socket, no clock, no file.  Octets
-on the wire are bytes; configuration and log are str.
+message, `FilterRun` the filter, `SETTINGS` the configuration, `Daemon` the process.
+The sections before "The log" do no input and output.  Octets on the wire are bytes;
+configuration and log are str.
 
 To add a setting: a row in `SETTINGS`, an attribute of `Config`.  A verb: a row in
 `VERBS`, and a method of `Session` if no handler fits.  A reply: a constant below
-"Replies".  Each has an entry in the manuals; `make check` names what is missing.
+"Replies".  Each has an entry in the manuals, a setting also in the sample; `make check`
+names what is missing.
 """
 
 from __future__ import annotations
@@ -63,7 +66,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from enum import Enum, auto
 from typing import Any, Callable, NamedTuple, NoReturn, Optional, TypeVar, Union
 
@@ -79,6 +82,19 @@ USAGE = """\
 usage: proxsmtpd [-d debuglevel] [-f configfile] [-p pidfile]
        proxsmtpd -t [-d debuglevel] [-f configfile] [message ...]
        proxsmtpd -v"""
+HELP = f"""\
+{USAGE}
+
+  -d LEVEL  stay in the foreground and log to standard error: 0 errors,
+            1 warnings, 2 notices, 3 connections and messages, 4 all
+  -f FILE   the configuration ({CONFIG_FILE})
+  -p FILE   where to write the process number
+  -t        check the configuration; with MESSAGE files (- is standard input)
+            show what the filter makes of them
+  -v, --version  print the version
+  -h, --help     print this
+
+See proxsmtpd(8) and proxsmtpd.conf(5)."""
 
 IS_LINUX = sys.platform == "linux"
 
@@ -86,6 +102,8 @@ DEFAULT_LISTEN_PORT = 10025
 DEFAULT_SERVER_PORT = 25
 MAX_CONNECTIONS = 10240
 MAX_PROCESSES = 256
+MOST_SOCKET_PATH = 107 if IS_LINUX else 103  # octets of sun_path without its NUL
+MAX_SECONDS = 2_000_000  # 23 days; poll takes milliseconds as an int
 
 # The levels of -d.
 ERROR, WARNING, NOTICE, INFO, DEBUG = range(5)
@@ -94,17 +112,10 @@ ERROR, WARNING, NOTICE, INFO, DEBUG = range(5)
 # the rest.  RFC 5321 asks for less, RFC 4954 section 4 for more after AUTH.
 COMMAND_LIMIT = 2048
 AUTH_LIMIT = 12288
-# RFC 5321 4.5.3.1.5 limits a reply line to 512 octets, but not the lines of a reply.
-REPLY_LIMIT = 256 * 1024
-REPLY_LINE_LIMIT = 512
+REPLY_LINE_LIMIT = 512  # octets with the CRLF (RFC 5321 4.5.3.1.5)
 REPLY_SHOWN = 1024  # octets of a reply in the log
 # A longer line may be torn apart on a pipe (PIPE_BUF: 4,096) and cut by syslogd.
 LOG_LINE_LIMIT = 4000
-LOG_PATIENCE = 2.0  # seconds to wait for a reader of standard error that has stopped
-XCLIENT_LIMIT = 512
-XCLIENT_VALUE_LIMIT = 255  # octets of an attribute's value that Postfix takes
-PROXY_1_LIMIT = 107  # octets with the CRLF, says the protocol
-PROXY_2_LIMIT = 4096  # the protocol allows 64 KiB; no real sender uses 4 KiB
 
 # One environment variable with its name and NUL: MAX_ARG_STRLEN, 32 pages on
 # Linux.  The other systems bound only the sum, by more than this.
@@ -113,59 +124,15 @@ RECIPIENTS_LIMIT = VARIABLE_LIMIT - len(b"RECIPIENTS=\0")
 
 BLOCK = 256 * 1024  # mail data read from a socket or a file at a time
 SMALL_BLOCK = 16 * 1024  # commands and replies
-SPOOL_MEMORY = 1024 * 1024  # longer messages are kept in a file
 PIPE_BLOCK = 64 * 1024  # the usual capacity of a pipe
-PIPE_MOST = 1024 * 1024  # the capacity that a filter may give it (pipe(7))
-REPLIES_HELD = 64 * 1024  # octets of replies to pipelined commands in one write
-NULS_HELD = 64 * 1024  # NULs at the start of a line, until it is clear what follows
-LINE_KEPT = 1024  # octets of a line of the filter's standard error
 
-LISTEN_QUEUE = 1024
-MOST_SOCKET_PATH = 107 if IS_LINUX else 103  # octets of sun_path without its NUL
 CHECK_SECONDS = 3.0  # for -t to connect to the server, and again for its replies
-NOTIFY_SECONDS = 1.0  # to wait for a busy service manager
-MAX_SECONDS = 2_000_000  # 23 days; poll takes milliseconds as an int
-STACK_SIZE = 512 * 1024
-MEMORY_MARGIN = 4 * 1024 * 1024  # octets that must be free to start a session
-CLIENT_POLL = 0.05  # seconds to wait for a busy client before others are looked at
-REPLY_HOLD = 0.5  # seconds to hold pipelined replies back while the server is silent
-LINGER = 2.0  # seconds for a client to read our last reply
-LINGER_OCTETS = 16 * 1024 * 1024
 # Seconds at the daemon's end: for messages in their DATA phase, then for filters after
-# SIGTERM, then for sessions after SIGKILL.  Together less than the 5 after which
-# Debian's init script kills us, but not the filters.
-DATA_GRACE = 3.5
+# SIGTERM, then for sessions after SIGKILL.  Together less than 5: then Debian's init
+# script kills us, but not the filters.
+DATA_GRACE = 3.2
 FILTER_GRACE = 1.0
 LAST_GRACE = 0.3
-TIMES_KEPT = 1000  # of the last messages, for the statistics
-KILL_GRACE = 2.0  # seconds between SIGTERM and SIGKILL
-GROUP_CHECK = 0.05  # seconds between checks of what is left of process groups
-END_CHECK = 0.5  # seconds between checks for the shutdown while a filter runs
-# Seconds to wait for a stop signal that the filter may have got a moment earlier.  Each
-# rejection without a code is delayed so long.
-STOP_NOTICE = 0.2
-CONNECTIONS_EACH = 8  # connections that are worth a process (Processes: auto)
-FORK_PAUSE = 0.25  # seconds between two workers that replace others
-REPORT_PATIENCE = 1.0  # seconds for the workers to report their statistics
-LOCK_PATIENCE = 0.1  # seconds for a lock whose holder may have been stopped
-WORKERS_GRACE = 0.4  # seconds from SIGQUIT to SIGKILL for the workers
-LATE_START_CHECK = 1.0  # seconds between checks for programs that do not begin
-ACCEPT_PAUSE = 0.2  # seconds without accepting when the system is exhausted
-FIRST_PASSED = 3  # SD_LISTEN_FDS_START
-DESCRIPTORS_APART = 32  # descriptors of the process besides the connections'
-DESCRIPTORS_EACH = 10  # descriptors of a connection with a filter
-MACOS_DESCRIPTORS = 10240  # OPEN_MAX, the highest limit that macOS accepts
-MOST_INHERITED = 65536  # descriptors to try where the system does not list them
-
-MAX_ERRORS = 100  # commands that we refuse in a session, before it ends
-MAX_ERRORS_IN_A_ROW = 20
-ADDRESS_SHOWN = 256  # characters of an address in the log line of a message
-
-# Replies to XCLIENT that refuse the command, or us, but not the client.
-XCLIENT_UNAVAILABLE = frozenset((500, 501, 502, 503, 504, 550))
-# Attributes to assume if there was no EHLO reply to list them.  Without NAME the server
-# would keep our own host's name for the client.
-XCLIENT_UNLISTED = frozenset((b"NAME",))
 
 
 # ---------------------------------------------------------------------------
@@ -469,12 +436,16 @@ _PLAIN_VERB = re.compile(rb"[!-~]*")
 
 
 class Match(Enum):
-    """How a word becomes a verb, since servers differ in that."""
+    """Which other words a server may take for a verb.
 
-    EXACT = auto()  # only the verb itself
-    # Some servers compare four letters only, some take abbreviations.
-    GUARDED = auto()  # the verb itself; what a server might take for it is refused
-    PREFIX = auto()  # any word with its first four letters; abbreviations are refused
+    Some servers compare four letters only, some take abbreviations.
+    """
+
+    EXACT = auto()  # none that matters
+    GUARDED = auto()  # such words are refused
+    PREFIX = (
+        auto()
+    )  # words with its first four letters are the verb, shorter are refused
 
 
 class Verb(NamedTuple):
@@ -581,8 +552,8 @@ class Command(NamedTuple):
         if not self.argument or not VERBS.get(self.verb, UNKNOWN_VERB).is_secret:
             return self.line
         words = self.line.split()
-        shown = words[:2] if self.verb == b"AUTH" else words[:1]
-        return b" ".join([*shown, *(b"[...]" for _ in words[len(shown) :])])
+        public = words[:2] if self.verb == b"AUTH" else words[:1]
+        return b" ".join([*public, *(b"[...]" for _ in words[len(public) :])])
 
 
 # The pieces of a path (RFC 5321 4.1.2), and of what RFC 822 allows more of.  Dots may
@@ -844,6 +815,10 @@ def xclient_address(host: str) -> bytes:
     return xtext_encode(tagged.encode("ascii"))
 
 
+XCLIENT_LIMIT = 512
+XCLIENT_VALUE_LIMIT = 255  # octets of an attribute's value that Postfix takes
+
+
 def xclient_command(
     offered: frozenset[bytes], client: Peer, local: Peer, hello: Optional[Command]
 ) -> bytes:
@@ -884,6 +859,9 @@ _PLAIN_REPLY = re.compile(
 _CODED_LINE = re.compile(rb"([245][0-9][0-9])(?:[ -](.*))?", re.DOTALL)
 # A client might take a bare CR for the end of the line.
 _LINE_BREAKS_TO_MARK = bytes.maketrans(b"\r\n\0", b"???")
+
+
+REPLY_LIMIT = 256 * 1024  # octets; RFC 5321 does not limit the number of lines
 
 
 class ReplyBuffer:
@@ -1291,6 +1269,9 @@ class HeaderInserter:
         return octets
 
 
+NULS_HELD = 64 * 1024  # NULs at the start of a line, until it is clear what follows
+
+
 class DotStuffer:
     """Gives every line that begins with a dot another one.
 
@@ -1350,8 +1331,8 @@ def _stuff_after_nuls(octets: bytes) -> bytes:
     octets = octets.replace(b"\n\0.", b"\n.\0.")
     if b"\n\0\0" not in octets or b"\0\0." not in octets:
         return octets
-    # CR NUL is free to be a mark, which goes from the dot to the first of its NULs:
-    # a regular expression that finds these takes ten times as long.
+    # CR NUL, which cannot occur here, marks the dot and is moved back over its NULs.
+    # A regular expression that finds these takes ten times as long.
     octets = octets.replace(b"\0\0.", b"\r\0\0.")
     if b"\0\r\0" in octets:
         for number in (16, 8, 4, 2, 1):
@@ -1428,6 +1409,10 @@ def rfc5322_date(seconds: float) -> str:
 # ---------------------------------------------------------------------------
 # The PROXY header (HAProxy's proxy-protocol.txt, versions 1 and 2)
 # ---------------------------------------------------------------------------
+
+
+PROXY_1_LIMIT = 107  # octets with the CRLF, says the protocol
+PROXY_2_LIMIT = 4096  # the protocol allows 64 KiB; no real sender uses 4 KiB
 
 
 class ProxyHeader(NamedTuple):
@@ -1568,7 +1553,7 @@ class Envelope:
     def __init__(self) -> None:
         self.sender: Optional[bytes] = None
         self.recipients: list[bytes] = []
-        self.unlisted = 0  # recipients beyond these, where no filter has to know them
+        self.unlisted = 0  # recipients that did not fit; no filter needs them
         self.has_begun = False  # MAIL or RCPT came, even if it was refused
         self.remote: Optional[bytes] = None
         self.remote_helo: Optional[bytes] = None
@@ -1640,6 +1625,9 @@ class Envelope:
         yield line + end
 
 
+ADDRESS_SHOWN = 256  # characters of an address in the log line of a message
+
+
 _NOT_LOGGABLE = re.compile(rb"[^!-~]|[,\\]")
 
 
@@ -1667,7 +1655,7 @@ FILTER_VARIABLES = (
 
 
 class Status:
-    """What the log says of a message that no reply refused.
+    """What the log says of a message, if not the reply that refused it.
 
     OBSERVED is followed by what FilterMode: observe kept from happening.
     """
@@ -1717,6 +1705,9 @@ def plain_words(command: str) -> Optional[list[bytes]]:
     return None if words[0] in _SHELL_WORDS else words
 
 
+LINE_KEPT = 1024  # octets of a line of the filter's standard error
+
+
 class LastLine:
     """Keeps the last line of a stream that is not blank, in bounded memory."""
 
@@ -1727,7 +1718,7 @@ class LastLine:
     def feed(self, octets: bytes) -> None:
         whole, newline, self._begun = (self._begun + octets).rpartition(b"\n")
         if newline:
-            # Blank lines do not replace the line before them.
+            # Blank lines do not count.
             line = whole.rstrip().rpartition(b"\n")[2].lstrip()
             self._whole = line[:LINE_KEPT] or self._whole
         self._begun = self._begun.lstrip()[:LINE_KEPT]
@@ -1738,12 +1729,38 @@ class LastLine:
         return self._begun.strip() or self._whole.strip()
 
 
+EXCERPT_KEPT = 8 * 1024  # octets of its start, and as many of its end
+
+
+class Excerpt:
+    """Keeps the first and the last octets of a stream, in bounded memory."""
+
+    def __init__(self) -> None:
+        self._first = self._last = b""
+        self._left_out = 0  # octets between them
+
+    def feed(self, octets: bytes) -> None:
+        room = EXCERPT_KEPT - len(self._first)
+        self._first += octets[:room]
+        last = self._last + octets[room:]
+        self._last = last[-EXCERPT_KEPT:]
+        self._left_out += len(last) - len(self._last)
+
+    @property
+    def lines(self) -> list[bytes]:
+        """The lines, with a note in the place of what was left out."""
+        if not self._left_out:
+            return (self._first + self._last).splitlines()
+        note = b"... %d octets left out" % self._left_out
+        return [*self._first.splitlines(), note, *self._last.splitlines()]
+
+
 _UNPRINTABLE_TO_MARK = bytes.maketrans(
     bytes((*range(32), *range(127, 256))), b"?" * 161
 )
-# Exit statuses of a shell: its last command was killed, by the signal beyond 128;
+# 128 and a signal: the last command of a shell was killed.
 _SHELL_SAW_SIGNAL = range(129, 128 + 65)
-# the command could not be run, or not be found.
+# The shell could not run the command, or not find it.
 _SHELL_FOUND_NOTHING = (126, 127)
 # sysexits(3): EX_UNAVAILABLE to EX_TEMPFAIL, and EX_CONFIG.
 _CANNOT_WORK = (*range(69, 76), 78)
@@ -1864,14 +1881,13 @@ class Kind(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """One row of the configuration: its name in the file, its attribute of `Config`,
-    its default as it would stand in the file (empty: none), and what it takes.
-    """
+    """One row of the configuration."""
 
-    name: str
-    attribute: str
-    default: str
+    name: str  # in the file
+    attribute: str  # of `Config`
+    default: str  # as it would stand in the file; empty: none
     kind: Kind
+    needs_restart: bool = False  # SIGHUP does not change it
 
 
 _WHOLE_NUMBER = re.compile(r"\+?[0-9]+")
@@ -1985,7 +2001,11 @@ SETTINGS = (
     Setting("Header", "header", "", Kind(lambda text: to_octets(unescape(text)))),
     Setting("KeepAlives", "keep_alives", "0", _seconds(0)),
     Setting(
-        "Listen", "listen", str(DEFAULT_LISTEN_PORT), _address(DEFAULT_LISTEN_PORT)
+        "Listen",
+        "listen",
+        str(DEFAULT_LISTEN_PORT),
+        _address(DEFAULT_LISTEN_PORT),
+        needs_restart=True,
     ),
     Setting(
         "MaxConnections",
@@ -1995,7 +2015,7 @@ SETTINGS = (
     ),
     Setting("MaxMessageSize", "max_message_size", "0", _number("octets", 0)),
     Setting("OutAddress", "out_address", "", _address(DEFAULT_SERVER_PORT)),
-    Setting("PidFile", "pid_file", "", _ANY_TEXT),
+    Setting("PidFile", "pid_file", "", _ANY_TEXT, needs_restart=True),
     Setting(
         "Processes",
         "processes",
@@ -2013,7 +2033,7 @@ SETTINGS = (
         "temp_directory",
         "/tmp",
         Kind(
-            lambda text: os.path.abspath(to_octets(_nonempty(text))),
+            lambda text: os.path.normpath(to_octets(_nonempty(text))),
             "invalid setting: {name} (must be a directory)",
         ),
     ),
@@ -2029,12 +2049,14 @@ SETTINGS = (
                 **dict.fromkeys(_OFF, Transparency.OFF),
             },
         ),
+        needs_restart=True,
     ),
     Setting(
         "User",
         "user",
         "",
         Kind(_nonempty, "invalid setting: {name} (must be a user's name or number)"),
+        needs_restart=True,
     ),
     Setting("XClient", "xclient", "off", _SWITCH),
 )
@@ -2137,6 +2159,9 @@ _PRIORITIES = (
     syslog.LOG_INFO,
     syslog.LOG_DEBUG,
 )
+
+
+LOG_PATIENCE = 2.0  # seconds to wait for a reader of standard error that has stopped
 
 
 class StandardError:
@@ -2372,6 +2397,12 @@ class Channel:
         self._log.debug(f"{self.side} connection closed")
 
 
+CLIENT_POLL = 0.05  # seconds to wait for a busy client before others are looked at
+REPLIES_HELD = 64 * 1024  # octets of replies to pipelined commands in one write
+LINGER = 2.0  # seconds for a client to read our last reply
+LINGER_OCTETS = 16 * 1024 * 1024
+
+
 class ClientChannel(Channel):
     """The client's side: command lines and mail data in, replies out."""
 
@@ -2437,25 +2468,28 @@ class ClientChannel(Channel):
         return Hangup("CLIENT: network read operation timed out", CLIENT_TIMED_OUT)
 
     def original_destination(self, peer: Peer) -> Peer:
-        """See the function of that name."""
+        """Return where the client of a transparent proxy connected to."""
         return original_destination(self._socket, peer)
 
-    def linger(self) -> None:
-        """Wait until the client has read our last reply, or for `LINGER`.
+    def linger(self, seconds: float = LINGER) -> None:
+        """Wait until the client has read our last reply, or so many seconds.
 
         If we closed with octets unread, the connection would be reset, and the client's
         system would discard that reply.
         """
-        deadline = Deadline(LINGER)
+        deadline = Deadline(seconds)
         left = LINGER_OCTETS
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_WR)
-            set_timeout(self._socket, socket.SO_RCVTIMEO, LINGER)
+            set_timeout(self._socket, socket.SO_RCVTIMEO, seconds)
             while left > 0 and not deadline.has_passed:
                 octets = self._socket.recv(SMALL_BLOCK)
                 if not octets:
                     break
                 left -= len(octets)
+
+
+REPLY_HOLD = 0.5  # seconds to hold pipelined replies back while the server is silent
 
 
 class ServerChannel(Channel):
@@ -2496,7 +2530,7 @@ class ServerChannel(Channel):
     def ask_for_data(self) -> Reply:
         """Send DATA; return the server's reply, 354 or a refusal."""
         if self.has_spoken():
-            # Its replies may be one ahead of our commands.
+            # An unread reply would be taken for the one to DATA.
             self.relay_unsolicited()
         reply = self._ask(b"DATA", b"DATA")
         if reply.code != 354 and not reply.is_refusal:
@@ -2541,7 +2575,7 @@ class ServerChannel(Channel):
         if client is not None and client.holds_replies and not self.wait(REPLY_HOLD):
             client.flush()
         octets = None
-        # The first recv has the same time limit, and spares most replies a poll.
+        # No poll before the first recv: SO_RCVTIMEO limits that already.
         is_late = deadline.has_passed
         if not self.has_more or (not is_late and self.wait(deadline.left)):
             octets = self.receive()
@@ -2793,6 +2827,9 @@ def spool_errors() -> Iterator[None]:
         raise SpoolFailure(f"couldn't write to cache file: {reason(error)}") from error
 
 
+SPOOL_MEMORY = 1024 * 1024  # longer messages are kept in a file
+
+
 AnySpool = TypeVar("AnySpool", bound="Spool")
 
 
@@ -2914,7 +2951,8 @@ def directories_in(path: bytes) -> Iterator[bytes]:
 # ---------------------------------------------------------------------------
 
 
-def usable_processors() -> list[int]:
+@functools.cache  # before `Affinity.pin` leaves only one
+def usable_processors() -> Sequence[int]:
     """Return the processors that we may use, as far as the system lets us choose."""
     if hasattr(os, "sched_getaffinity"):
         with contextlib.suppress(OSError):
@@ -3031,6 +3069,9 @@ def live_groups() -> dict[int, None]:
                 if state not in (b"Z", b"X"):
                     groups[int(group)] = None
     return groups
+
+
+GROUP_CHECK = 0.05  # seconds between checks of what is left of process groups
 
 
 class GroupWatch:
@@ -3168,6 +3209,11 @@ def open_null() -> int:
         raise OSError(error.errno, text) from error
 
 
+KILL_GRACE = 2.0  # seconds between SIGTERM and SIGKILL
+END_CHECK = 0.5  # seconds between checks for the shutdown while a filter runs
+PIPE_MOST = 1024 * 1024  # the capacity that a filter may give it (pipe(7))
+
+
 class FilterRun:
     """One run of the filter command, in a process group of its own.
 
@@ -3191,9 +3237,10 @@ class FilterRun:
         self._open: dict[int, None] = {}  # our descriptors, by these names
         self._input = self._output = self._error = self._end = -1
         self._given = 0  # octets of `source` that the filter has taken
+        self.standard_error = Excerpt()
         self._last_line = LastLine()
         self._timeout = 0.0  # seconds between signs of life
-        self._deadline = math.inf  # of the next one
+        self._deadline = Deadline(math.inf)  # of the next one
         self._waiter: Optional[threading.Thread] = None
         self._exit_status: Optional[int] = None
         # What follows is under the lock: the main thread may end a run, too, and a
@@ -3222,18 +3269,18 @@ class FilterRun:
         `FilterFailure` if it passes, the system refuses or the daemon ends.
         """
         self._timeout = timeout
-        self._deadline = time.monotonic() + timeout
+        self._deadline = Deadline(timeout)
         try:
             with contextlib.ExitStack() as child_ends:
                 self._spawn(command, environment, self._make_pipes(child_ends))
             self._lower_descriptor_limit()
-            self._watch()
+            self._watch_exit()
         except (OSError, RuntimeError) as error:
             text = reason(error) if isinstance(error, OSError) else str(error)
             raise FilterFailure(f"couldn't start filter command: {text}") from error
         self._log.debug(f"executed filter command: {shown(command)} (pid: {self._pid})")
         self._shared.shutdown.check()
-        if time.monotonic() >= self._deadline:
+        if self._deadline.has_passed:
             raise FilterFailure("timeout while starting filter command")
 
     def _make_pipes(self, child_ends: contextlib.ExitStack) -> list[int]:
@@ -3302,8 +3349,8 @@ class FilterRun:
             with contextlib.suppress(OSError):  # another user's, or gone
                 resource.prlimit(self._pid, resource.RLIMIT_NOFILE, limits)
 
-    def _watch(self) -> None:
-        """Get a descriptor that can be read, or hangs up, when the process ends."""
+    def _watch_exit(self) -> None:
+        """Open a descriptor that is readable once the process has ended."""
         try:
             self._end = os.pidfd_open(self._pid)
         except (AttributeError, OSError):
@@ -3344,7 +3391,7 @@ class FilterRun:
         passed, the daemon ends, or TempDirectory fails (`SpoolFailure`).
         """
         while self._is_running():
-            left = max(0.0, self._deadline - time.monotonic())
+            left = self._deadline.left
             has_moved = False
             wait = keep_alive.cut(min(left, END_CHECK))
             for descriptor, _ in self._poller.poll(wait * 1000):
@@ -3356,7 +3403,7 @@ class FilterRun:
                 else:
                     has_moved |= self._take(descriptor)
             if has_moved:
-                self._deadline = time.monotonic() + self._timeout
+                self._deadline = Deadline(self._timeout)
             elif not left:  # and poll was asked: the server may have held us up
                 raise FilterFailure("timeout while listening to filter command")
             if self._end not in self._open:
@@ -3401,6 +3448,7 @@ class FilterRun:
             self._close(descriptor)
         elif descriptor == self._error:
             self._last_line.feed(octets)
+            self.standard_error.feed(octets)
         else:
             assert self._sink is not None
             with spool_errors():
@@ -3446,7 +3494,7 @@ class FilterRun:
     def end_late_start(self) -> None:
         """Kill a program that has not begun in time, so that its thread goes on."""
         with self._lock:
-            if self._starter and time.monotonic() >= self._deadline:
+            if self._starter and self._deadline.has_passed:
                 kill_children(self._starter)
 
     def _signal_all(self, number: int) -> None:
@@ -3525,13 +3573,12 @@ class PollableEvent:
 
 
 class Shutdown:
-    """How far the daemon is on its way to its end, and the filters to end with it.
+    """The state of the daemon's end, and the filters that it ends.
 
-        running --drain--> draining --stop--> stopping --kill--> killing
+        running --drain--> draining --stop, kill--> stopping
 
-    draining: sessions end, except those in their DATA phase; stopping: these end, too,
-    and filters get SIGTERM; killing: filters get SIGKILL.  A second signal leads from
-    any state to killing.
+    draining: sessions end, except those in their DATA phase.  stopping: these end, too;
+    `stop` sends SIGTERM to the filters, `kill` SIGKILL.
     """
 
     def __init__(self) -> None:
@@ -3588,6 +3635,9 @@ class Shutdown:
             run.end_late_start()
 
 
+TIMES_KEPT = 1000  # of the last messages, for the statistics
+
+
 class Statistics:
     """What was done since the start, for SIGUSR1.
 
@@ -3597,7 +3647,7 @@ class Statistics:
     def __init__(self, begun: Optional[tuple[float, float]] = None) -> None:
         """`begun` is the start by the two clocks, if it was not now."""
         self._lock = threading.Lock()
-        # Nobody sets the second clock.
+        # The second clock measures: nobody can set it back.
         self._since, self._begun = begun or (time.time(), time.monotonic())
         self._counts = dict.fromkeys(("accepted", "refused", "octets"), 0)
         self._messages: dict[str, int] = {}
@@ -3709,12 +3759,15 @@ def count_entries(directory: str) -> int:
     return 0
 
 
+LOCK_PATIENCE = 0.1  # seconds for a lock whose holder may have been stopped
+
+
 class ConnectionLimit:
     """The bound of MaxConnections over all processes, and the numbers of connections.
 
     The counts, one for each process, are in memory that the processes share.  A record
-    lock makes `take` one step; if its holder dies, the system releases it, and the
-    supervisor clears the count of the dead: nothing is lost.
+    lock serializes `take`.  If its holder dies, the system releases the lock, and the
+    supervisor clears the dead process's count.
     """
 
     _NUMBER, _PEAK, _ROWS, _FIRST = range(4)  # cells; the counts begin at the last one
@@ -3761,16 +3814,17 @@ class ConnectionLimit:
             return
         deadline = Deadline(LOCK_PATIENCE)
         while not deadline.has_passed:
-            # A holder that has been stopped must not stop the others: then there may
-            # be a connection too many.
-            with contextlib.suppress(BlockingIOError, PermissionError):
+            # After LOCK_PATIENCE go on without it, since its holder may have been
+            # stopped.  Then there may be a connection too many.
+            with contextlib.suppress(OSError):
                 fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             time.sleep(0.001)
         try:
             yield
         finally:
-            fcntl.lockf(self._file, fcntl.LOCK_UN)
+            with contextlib.suppress(OSError):
+                fcntl.lockf(self._file, fcntl.LOCK_UN)
 
     @property
     def own(self) -> int:
@@ -3807,8 +3861,8 @@ class ConnectionLimit:
 class Shared:
     """What all sessions of a process have in common.
 
-    None of it holds a set: CPython's set that cannot grow, since memory has run out,
-    is full, and its next user spins.
+    Threads share dicts, never sets: after a failed resize for lack of memory CPython's
+    set is full, and the next look into it loops.
     """
 
     def __init__(
@@ -3816,12 +3870,12 @@ class Shared:
         config: Config,
         log: Log,
         environment: Mapping[bytes, bytes],
-        listener: tuple[int, Any] = (socket.AF_UNIX, b""),
+        listening_on: tuple[int, Any] = (socket.AF_UNIX, b""),
         descriptor_limit: int = 0,
     ) -> None:
         self.config = config
         self.log = log
-        self.listener = listener  # its family and its address
+        self.listening_on = listening_on  # family and address of the listener
         self.environment = environment  # that the filters inherit
         self.descriptor_limit = descriptor_limit  # of the filters; 0: ours
         self.affinity = Affinity()
@@ -3840,6 +3894,12 @@ class Shared:
 # ---------------------------------------------------------------------------
 # One message
 # ---------------------------------------------------------------------------
+
+
+# Seconds to wait for SIGTERM before an uncoded verdict is trusted: systemd may have
+# signalled the filter first.
+STOP_NOTICE = 0.2
+MESSAGE_ID_WITHIN = 16 * 1024  # octets of a message in which the field is looked for
 
 
 class Transaction:
@@ -3868,6 +3928,7 @@ class Transaction:
         # The mail data as it comes in.
         self._is_invited = False  # the client, by 354
         self._reader = MailDataReader()
+        self._start = b""  # of the message, for its Message-ID
         self._watches_server = True  # while the client sends
         self._next_look = 0.0  # at the server and the shutdown
         self.size = 0  # of the message, in octets
@@ -3882,13 +3943,16 @@ class Transaction:
         # The filter.
         self.environment: Mapping[bytes, bytes] = {}  # of its process
         self.exit_status: Optional[int] = None  # as `judge` takes it
+        self.standard_error: Sequence[bytes] = ()  # its lines, as `Excerpt` has them
         self.has_failed = False
+        self.is_bare_refusal = False  # the filter refused, and gave no reply
         self.filter_seconds = 0.0
         # What has become of the message.
         self.reply: Optional[Reply] = None  # for the client; None: the server decides
         self.status = ""  # for the log
         self._is_open = True  # the mail transaction at the server
-        self._server_seconds = 0.0  # from the end of the mail data to its reply
+        self._server_reply: Optional[Reply] = None  # to DATA, or to the mail data
+        self._server_seconds = 0.0  # from the end of the mail data to that
         self._keep_alive = KeepAlive(0, self._send_noop)
 
     def close(self) -> None:
@@ -3917,21 +3981,19 @@ class Transaction:
                 self._shared.statistics.note_message(hangup.reply.text, self.size)
             session.say_last_word(hangup)
             if hangup.reply is not None:
-                session.log_message(envelope, hangup.reply.text)
+                self._log_message(envelope, hangup.reply.text)
             else:
                 self._log.warning("unexpected end of data from client")
             raise
         times = self.filter_seconds, self._server_seconds
         self._shared.statistics.note_message(self.status, self.size, *times)
-        # The log comes later: a client that gave up while it blocks would send an
-        # accepted message again.
-        session.answer(reply)
-        session.client.flush()
-        session.log_message(envelope, self.status)
-        if self._log.is_debug:
-            whole = time.monotonic() - self._begun
-            text = "took {:.3f} s: filter {:.3f} s, server {:.3f} s"
-            self._log.debug(text.format(whole, *times))
+        try:
+            # Answer before logging: the log may block, and a client that gives up
+            # meanwhile would send an accepted message again.
+            session.answer(reply)
+            session.client.flush()
+        finally:
+            self._log_message(envelope, self.status)
         if self._is_open and reply.code != 421:
             self._reset_server()
 
@@ -3960,6 +4022,31 @@ class Transaction:
                 self.status = Status.FILTER_ERROR
             return failure.reply
 
+    def _log_message(self, envelope: Envelope, status: str) -> None:
+        """Log the message, and a line by which it is found in other logs.
+
+        That has the size in octets, the seconds that the filter and the server took,
+        and the server's reply, which often names the message in the server's log.
+        """
+        self._session.log_message(envelope, status)
+        fields = [f"size={self.size}"]
+        found = _MESSAGE_ID.search(self._start)
+        if found is not None:
+            fields.insert(0, f"message-id={loggable_address(found[1])}")
+        if envelope.remote:
+            fields.append(f"remote={loggable_address(envelope.remote)}")
+        if self.filter_seconds:
+            fields.append(f"filter={self.filter_seconds:.3f}")
+        if self._server_reply is not None:
+            fields.append(f"server={self._server_seconds:.3f}")
+            fields.append(f"reply={self._server_reply.text}")
+        self._log.info(", ".join(fields))
+        if self._log.is_debug:
+            times = self.filter_seconds, self._server_seconds
+            whole = time.monotonic() - self._begun
+            text = "took {:.3f} s: filter {:.3f} s, server {:.3f} s"
+            self._log.debug(text.format(whole, *times))
+
     # From the client
 
     def _invite(self, reply: Reply) -> None:
@@ -3972,6 +4059,8 @@ class Transaction:
         """Yield the message as it comes; `Refusal` (552) if it gets too large."""
         limit = self._config.max_message_size or math.inf
         for block in self._blocks():
+            if self.size < MESSAGE_ID_WITHIN:
+                self._start += block[: MESSAGE_ID_WITHIN - self.size]
             self.size += len(block)
             if self.size > limit:
                 raise Refusal(TOO_LARGE)
@@ -3987,7 +4076,7 @@ class Transaction:
                 break
             yield block
             octets = self._await_octets()
-        # Before the last block, after which the consumer may stop.
+        # Before the last block: the consumer may not resume this generator.
         commands.feed(self._reader.rest)
         yield block
 
@@ -3996,7 +4085,7 @@ class Transaction:
         deadline = Deadline(self._config.timeout)
         seconds = 0.0
         while True:
-            # All that can fail comes before octets are taken, so that none are lost.
+            # These come before octets are taken: an exception would lose the octets.
             if seconds or time.monotonic() >= self._next_look:
                 self._session.watch(seconds, with_server=self._watches_server)
                 self._next_look = time.monotonic() + CLIENT_POLL
@@ -4102,10 +4191,14 @@ class Transaction:
             self.exit_status, last_line = run.finish(self._keep_alive)
         finally:
             self.filter_seconds = time.monotonic() - begun
+            self.standard_error = run.standard_error.lines
+            for line in self.standard_error:
+                self._log.dialogue("FILTER", "<", line)
         refusal = judge(
             self.exit_status, last_line, only_coded=config.only_coded_verdicts
         )
-        if refusal and coded_reply(last_line) is None and self._is_ending():
+        self.is_bare_refusal = refusal is not None and coded_reply(last_line) is None
+        if self.is_bare_refusal and self._is_ending():
             raise FilterFailure("the daemon ends")
         if self._file is None:
             read = self.message.size
@@ -4122,9 +4215,12 @@ class Transaction:
         """Decide what a failure of the filter means (FilterFailure)."""
         self.has_failed = True
         # A filter that was told to end, by systemd or by us, must not let mail pass.
-        was_ended = self.exit_status in _WAS_ENDED or self._is_ending()
-        is_its_own = not isinstance(failure, SpoolFailure)
-        if self._config.passes_failures and is_its_own and not was_ended:
+        if (
+            self._config.passes_failures
+            and not isinstance(failure, SpoolFailure)
+            and self.exit_status not in _WAS_ENDED
+            and not self._is_ending()
+        ):
             self.message, self.status = self.original, Status.ERROR_PASSED
         else:
             self.reply, self.status = LOCAL_ERROR, Status.FILTER_ERROR
@@ -4145,14 +4241,15 @@ class Transaction:
         `is_stream` says that the message still has to come from the client.
         """
         server = self._session.server
-        reply = server.ask_for_data()
+        field = b"" if self.status == Status.SKIPPED else self._session.header_field()
+        reply = self._server_reply = server.ask_for_data()
         if reply.code == 354:
             blocks = self.message.blocks() if not is_stream else self._incoming()
             if is_stream:
                 self._invite(reply)
                 self._keep_alive.stop()  # NOOP would become mail data
             try:
-                reply = self._transmit(blocks)
+                reply = self._transmit(blocks, field)
             except OSError as error:
                 text = f"error reading cache file: {reason(error)}"
                 raise Hangup(text, LOCAL_ERROR) from error
@@ -4163,18 +4260,20 @@ class Transaction:
             self.status = reply.text
         return reply
 
-    def _transmit(self, blocks: Iterator[bytes]) -> Reply:
-        """Send mail data and its end; return the server's reply to it."""
+    def _transmit(self, blocks: Iterator[bytes], field: bytes) -> Reply:
+        """Send mail data and its end; return the server's reply to it.
+
+        `field` is a header field to add.
+        """
         session, server = self._session, self._session.server
-        field = b"" if self.status == Status.SKIPPED else session.header_field()
         writer = MailDataWriter(field)
         pending = b""
         for block in blocks:
             if pending:
                 server.send(pending)
             pending = writer.feed(block)
-        # The last moment to keep the message back.  A client that has gone would not
-        # see it accepted, and would send it again.
+        # A client that has gone would miss the 250 and send the message again: then
+        # the end of the data is held back.
         if session.client.has_gone():
             raise Hangup("client went before its message was accepted", CLIENT_GONE)
         if server.has_spoken():
@@ -4182,7 +4281,7 @@ class Transaction:
         server.send(pending + writer.finish())
         self._log.debug("sent email data")
         sent = time.monotonic()
-        reply = server.read_reply()
+        reply = self._server_reply = server.read_reply()
         self._server_seconds = time.monotonic() - sent
         if not reply.is_success and not reply.is_refusal:
             raise server.confused(reply)
@@ -4202,6 +4301,12 @@ class Transaction:
             raise ServerLost(f"SERVER: refused RSET: {reply.text}", SERVER_CONFUSED)
 
 
+# In the header section, perhaps folded (RFC 5322 section 3.6.4).
+_MESSAGE_ID = re.compile(
+    rb"\A(?:[^\r\n]+\r?\n)*?message-id[ \t]*:[ \t]*(?:\r?\n[ \t]+)?(<[^\r\n]*>)",
+    re.IGNORECASE,
+)
+
 # SIGTERM, also as a shell reports it.
 _WAS_ENDED = frozenset((-signal.SIGTERM, 128 + signal.SIGTERM))
 
@@ -4214,12 +4319,13 @@ _WAS_ENDED = frozenset((-signal.SIGTERM, 128 + signal.SIGTERM))
 class State(Enum):
     """The states of a session: what the next octets from the client are.
 
-        GREETING --220 or other--> COMMAND --334--> AUTHENTICATION
-                                   ^  |    <--any other--/
-                     final reply --|  |-- DATA
-                                   DATA
-
-    QUIT, a reply of 421, a lost connection or the shutdown lead to CLOSED.
+    state            event                         next state
+    GREETING         the server's greeting         COMMAND
+    COMMAND          334                           AUTHENTICATION
+                     DATA with an envelope         DATA
+    AUTHENTICATION   any other reply               COMMAND
+    DATA             the final reply               COMMAND
+    any              QUIT, 421, a lost connection  CLOSED
     """
 
     GREETING = auto()  # nothing: the server speaks first
@@ -4235,6 +4341,15 @@ class XclientState(Enum):
     DUE = auto()
     TRIED = auto()  # not offered, but another EHLO may be answered by an offer
     DONE = auto()  # told, or refused, or not wanted
+
+
+MAX_ERRORS = 100  # commands that we refuse in a session, before it ends
+MAX_ERRORS_IN_A_ROW = 20
+# Replies to XCLIENT that refuse the command, or us, but not the client.
+XCLIENT_UNAVAILABLE = frozenset((500, 501, 502, 503, 504, 550))
+# Attributes to assume if there was no EHLO reply to list them.  Without NAME the server
+# would keep our own host's name for the client.
+XCLIENT_UNLISTED = frozenset((b"NAME",))
 
 
 class Session:
@@ -4290,7 +4405,8 @@ class Session:
             self.say_last_word(hangup)
             self.log.write(hangup.level, str(hangup))
             if hangup.reply is not None:
-                self.client.linger()
+                is_late = self.shared.shutdown.stopping.is_set
+                self.client.linger(LAST_GRACE if is_late else LINGER)
         self.client.close()
 
     def say_last_word(self, hangup: Hangup) -> None:
@@ -4338,8 +4454,8 @@ class Session:
         try:
             targets = resolve(address, address.host)
             # `_original_destination` has a check of its own.
-            is_loop = leads_to_listener(targets, self.shared.listener)
-            if is_loop and not self.config.is_transparent:
+            leads_back = leads_to_listener(targets, self.shared.listening_on)
+            if leads_back and not self.config.is_transparent:
                 raise ServerLost(f"loop detected: {OWN_LISTENER}", NO_SERVER)
             sock, sockaddr = connect(targets, self.config.timeout, source)
             self.server = ServerChannel(
@@ -4374,12 +4490,13 @@ class Session:
                 host, port = self.local_peer
             else:
                 host, port = self.client.original_destination(self.client_peer)
+            family, name = self.shared.listening_on
+            is_our_port = family != socket.AF_UNIX and port == name[1]
+            leads_back = is_our_port and is_own_address(host)
         except OSError as error:
             text = "couldn't get source address for transparent proxying"
             raise ServerLost(f"{text}: {reason(error)}", NO_DESTINATION) from error
-        family, name = self.shared.listener
-        is_our_port = family != socket.AF_UNIX and port == name[1]
-        if is_our_port and is_own_address(host):
+        if leads_back:
             raise ServerLost("loop detected in transparent proxying", NO_DESTINATION)
         text = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         return Address(text, host, port)
@@ -4544,7 +4661,7 @@ class Session:
         `offered` are the attributes that the server lists, None if it has no XCLIENT.
         Raises `Refusal` with the server's reply if that is about the client.
         """
-        is_listed = offered not in (None, XCLIENT_UNLISTED)
+        is_listed = offered is not None and offered is not XCLIENT_UNLISTED
         if self._xclient_state is XclientState.DONE:
             return False
         if self._xclient_state is XclientState.TRIED and not is_listed:
@@ -4723,6 +4840,12 @@ class Session:
 # ---------------------------------------------------------------------------
 
 
+LISTEN_QUEUE = 1024
+MEMORY_MARGIN = 4 * 1024 * 1024  # octets that must be free to start a session
+ACCEPT_PAUSE = 0.2  # seconds without accepting when the system is exhausted
+LATE_START_CHECK = 1.0  # seconds between checks for programs that do not begin
+
+
 class Listener(socketserver.ThreadingTCPServer):
     """Accepts connections and gives each a thread and a `Session`.
 
@@ -4813,8 +4936,8 @@ class Listener(socketserver.ThreadingTCPServer):
             self._socket_file = None
         super().server_close()
 
-    def own(self) -> None:
-        """Have this process, and not the one that has bound it, remove its file."""
+    def take_ownership(self) -> None:
+        """Let this process remove a Unix socket's file, not the one that bound it."""
         self._owner = os.getpid()
 
     def attach(self, shared: Shared, signals: Signals) -> None:
@@ -4840,10 +4963,10 @@ class Listener(socketserver.ThreadingTCPServer):
 
     def finish(self, supervisor: int) -> None:
         """Accept no more; return when a signal comes or a session has ended."""
-        self._is_closing = True
-        if self.fileno() >= 0:
-            self.socket.close()
-        self._poll(supervisor, -1)
+        self._is_closing = True  # from now on each session that ends wakes us
+        self.socket.close()
+        if self.connections:
+            self._poll(supervisor, -1)
 
     def _poll(self, supervisor: int, listening: int) -> None:
         poller = select.poll()
@@ -4877,8 +5000,9 @@ class Listener(socketserver.ThreadingTCPServer):
                 self._is_exhausted = True
                 self._log.error(f"couldn't accept a connection: {reason(error)}")
             if not was_refused:
-                # Nothing would change by trying again at once.
-                self._signals.wait(ACCEPT_PAUSE)
+                # To try again at once would change nothing.  A signal must stay for
+                # `_poll` to see.
+                await_readable(ACCEPT_PAUSE, self._signals.fileno())
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start a session in a thread of its own, if there is room for it."""
@@ -4890,7 +5014,6 @@ class Listener(socketserver.ThreadingTCPServer):
             self._refuse(request, BUSY)
             self.shared.statistics.count("refused")
             return
-        self.shared.statistics.count("accepted")
         try:
             # Sessions must not take all memory: without any, CPython's handling of an
             # exception may start again and again.
@@ -4899,6 +5022,7 @@ class Listener(socketserver.ThreadingTCPServer):
             _thread.start_new_thread(
                 self.process_request_thread, (request, (number, client_address))
             )
+            self.shared.statistics.count("accepted")
         except (OSError, RuntimeError, MemoryError) as error:
             self._limit.give_back()
             what = reason(error) if isinstance(error, OSError) else error
@@ -4913,16 +5037,6 @@ class Listener(socketserver.ThreadingTCPServer):
             if self._is_closing:
                 self._signals.wake()
 
-    def run_session(self, number: int, request: Any, sockaddr: Any) -> None:
-        """Run the session of a connection, in its thread."""
-        try:
-            session = Session(number, request, sockaddr, self.shared)
-        except OSError as error:
-            # Some systems report only now that the client has gone.
-            self._log.debug(f"{number:06X}: client gone: {reason(error)}")
-        else:
-            session.run()
-
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
         """Refuse a client whose session failed by a fault of ours."""
         self._refuse(request, NO_RESOURCES)
@@ -4936,7 +5050,6 @@ class Listener(socketserver.ThreadingTCPServer):
     # Refusing
 
     def _refuse(self, request: socket.socket, reply: Reply) -> None:
-        # It never blocks: the socket's buffer is empty.
         with contextlib.suppress(OSError):
             request.sendall(reply, socket.MSG_DONTWAIT)
             request.recv(SMALL_BLOCK, socket.MSG_DONTWAIT)
@@ -4976,7 +5089,7 @@ class Listener(socketserver.ThreadingTCPServer):
         self.end_now()
 
     def end_now(self) -> None:
-        """Kill the filters, and end whatever the sessions do."""
+        """Kill all filters, and give the sessions `LAST_GRACE` to end."""
         self._is_closing = True
         self.server_close()
         self.shared.shutdown.kill()
@@ -4997,13 +5110,20 @@ class Listener(socketserver.ThreadingTCPServer):
 
 
 class SessionHandler(socketserver.BaseRequestHandler):
-    """What socketserver calls in the thread of a connection."""
+    """Runs the session of a connection, in its thread."""
 
     server: Listener
 
     def handle(self) -> None:
         number, sockaddr = self.client_address
-        self.server.run_session(number, self.request, sockaddr)
+        shared = self.server.shared
+        try:
+            session = Session(number, self.request, sockaddr, shared)
+        except OSError as error:
+            # Some systems report only now that the client has gone.
+            shared.log.debug(f"{number:06X}: client gone: {reason(error)}")
+        else:
+            session.run()
 
 
 # accept reports what happened to a connection while it waited (accept(2)).
@@ -5072,6 +5192,11 @@ class Worker:
         return bool(octets)
 
 
+FORK_PAUSE = 0.25  # seconds between two workers that replace others
+REPORT_PATIENCE = 1.0  # seconds for the workers to report their statistics
+WORKERS_GRACE = 0.4  # seconds from SIGQUIT to SIGKILL for the workers
+
+
 class Supervisor:
     """Forks workers, replaces those that die, and passes signals on to them.
 
@@ -5101,16 +5226,19 @@ class Supervisor:
         """Supervise until a signal ends the daemon, and then end the workers."""
         gc.collect()
         gc.freeze()  # so that the workers share more memory
-        for number in range(process_count(self._daemon.config)):
-            self._fork(number)
-        while not self._signals.count:
-            is_complete = self._replace()
-            if self._signals.take_report():
-                self._report()
-            if self._signals.take_reload():
-                self._reload()
-            self._watch(None if is_complete else FORK_PAUSE)
-        self.end()
+        try:
+            for number in range(process_count(self._daemon.config)):
+                self._fork(number)
+            while not self._signals.count:
+                is_complete = self._replace()
+                self._wait(None if is_complete else FORK_PAUSE)
+                if self._signals.take_report():
+                    self._report()
+                if self._signals.take_reload():
+                    self._reload()
+        finally:
+            self._daemon.notify_end()
+            self.end()
 
     # Workers
 
@@ -5133,19 +5261,22 @@ class Supervisor:
     def _fork(self, number: int) -> None:
         """Fork a worker; an error is logged, and `_replace` tries again."""
         row = self._limit.assign_row()
+        pipe: tuple[int, ...] = ()
         try:
-            reports, reports_end = os.pipe()
             with held_signals():
+                reports, reports_end = pipe = os.pipe()
                 pid = os.fork()
                 if not pid:
                     self._be_worker(number, row, reports, reports_end)
+                os.close(reports_end)
+                self._workers[reports] = Worker(pid, number, row, reports)
         except OSError as error:
+            for descriptor in pipe:
+                os.close(descriptor)
             self._log.error(f"couldn't start worker process: {reason(error)}")
             self._limit.clear_row(row)
-            return
-        os.close(reports_end)
-        self._workers[reports] = Worker(pid, number, row, reports)
-        self._log.debug(f"started worker process (pid {pid})")
+        else:
+            self._log.debug(f"started worker process (pid {pid})")
 
     def _be_worker(
         self, number: int, row: int, reports: int, reports_end: int
@@ -5170,7 +5301,7 @@ class Supervisor:
                 log_fault(self._log, *sys.exc_info())
             os._exit(status)
 
-    def _watch(self, seconds: Optional[float]) -> None:
+    def _wait(self, seconds: Optional[float]) -> None:
         """Wait for a signal, or for what a worker reports."""
         poller = select.poll()
         poller.register(self._signals.fileno(), select.POLLIN)
@@ -5190,7 +5321,7 @@ class Supervisor:
         if worker.snapshot:
             self._ended.add(worker.snapshot)
             self._ended.forget_resources()
-        if worker.is_retired or self._signals.count:
+        if status == 0 and (worker.is_retired or self._signals.count):
             self._log.debug(f"worker process has ended (pid {worker.pid})")
             return
         how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
@@ -5208,7 +5339,7 @@ class Supervisor:
             any(worker.is_asked for worker in self._workers.values())
             and not deadline.has_passed
         ):
-            self._watch(deadline.left)
+            self._wait(deadline.left)
         total = Statistics(self._begun)
         total.note_resources()
         total.add(self._ended.pack())
@@ -5242,7 +5373,7 @@ class Supervisor:
             worker.signal(signal.SIGCONT)  # one that has been stopped could not end
         deadline = Deadline(DATA_GRACE + FILTER_GRACE + LAST_GRACE)
         while self._workers and self._signals.count < 2 and not deadline.has_passed:
-            self._watch(deadline.left)
+            self._wait(deadline.left)
         if self._workers:
             self.end_now()
 
@@ -5272,16 +5403,19 @@ def serve_as_worker(
     `life` hangs up when the supervisor has ended; `reports` takes statistics.
     """
     statistics = shared.statistics
-    while not signals.count and not signals.take_reload():
-        listener.serve(life)
-        if signals.take_report():
-            send_report(statistics, reports)
-    while not signals.count and listener.connections:
-        listener.finish(life)
-        if signals.take_report():
-            send_report(statistics, reports)
-    listener.end()
-    send_report(statistics, reports)
+    is_retired = False
+    try:
+        while not signals.count and (listener.connections or not is_retired):
+            if is_retired:
+                listener.finish(life)
+            else:
+                listener.serve(life)
+            if signals.take_report():
+                send_report(statistics, reports)
+            is_retired |= signals.take_reload()
+    finally:
+        listener.end()
+        send_report(statistics, reports)
 
 
 def send_report(statistics: Statistics, reports: int) -> None:
@@ -5296,20 +5430,26 @@ def serve_alone(daemon: Daemon) -> None:
     """Serve connections without workers until a signal ends the daemon."""
     listener, signals = daemon.listener, daemon.signals
     listener.shared.affinity.pin(os.getpid())
-    while not signals.count:
-        listener.serve()
-        if signals.take_report():
-            statistics = listener.shared.statistics
-            statistics.note_resources()
-            log_report(statistics, daemon.limit, daemon.log)
-        if signals.take_reload() and daemon.reload():
-            listener.attach(listener.shared.with_config(daemon.config), signals)
-    listener.end()
+    try:
+        while not signals.count:
+            listener.serve()
+            if signals.take_report():
+                statistics = listener.shared.statistics
+                statistics.note_resources()
+                log_report(statistics, daemon.limit, daemon.log)
+            if signals.take_reload() and daemon.reload():
+                listener.attach(listener.shared.with_config(daemon.config), signals)
+    finally:
+        daemon.notify_end()
+        listener.end()
 
 
 def log_report(statistics: Statistics, limit: ConnectionLimit, log: Log) -> None:
     for line in statistics.report(limit.total, limit.peak):
         log.notice(f"statistics: {line}")
+
+
+CONNECTIONS_EACH = 8  # connections that are worth a process (Processes: auto)
 
 
 def process_count(config: Config) -> int:
@@ -5332,12 +5472,23 @@ EXAMPLES = {
     b"REMOTE": b"198.51.100.1",
     b"REMOTE_HELO": b"client.example",
 }
+# What may become of a message, with its colour on a terminal (ECMA-48, SGR).
+ENDS = {"passed": 32, "dropped": 33, "refused": 33, "broken": 31}
+DIFF_COLOURS = {"+": 32, "-": 31, "@": 36}
+SHOWN_LINES = 40  # of standard error, of a diff or of the environment, below level 4
+SHOWN_COLUMNS = 160  # of each of them
+FROM_SERVER = "the server's"
+BARE_REFUSAL = (
+    "refused without a reply of its own: a crash would look the same; see FilterVerdict"
+)
 
 
 class DryRun:
     """Runs messages through the filter as the daemon does, but sends them nowhere.
 
-    The results go to standard output, in printable ASCII.
+    Standard output gets a line for each message and one for all of them.  Below a
+    message stands the filter's standard error where the filter has failed, or may
+    have, and from level 3 on the whole run of the filter.
     """
 
     def __init__(self, config: Config, log: Log, directory: bytes) -> None:
@@ -5347,7 +5498,12 @@ class DryRun:
         self._directory = directory
         self._given = inherited_environment()
         self._shared = Shared(config, log, self._given)
-        self._counts = dict.fromkeys(("passed", "dropped", "refused", "broken"), 0)
+        self._printer = Printer(self._given, is_whole=log.is_debug)
+        self._is_detailed = log.level >= INFO
+        of_message = {b"SENDER", b"RECIPIENTS"} - self._given.keys() | {b"EMAIL"}
+        self._constant = {*FILTER_VARIABLES} - of_message  # the same for all messages
+        self._shown: set[bytes] = set()  # those of them that have been shown
+        self._counts = dict.fromkeys(ENDS, 0)
 
     def run(self, names: Sequence[str]) -> int:
         """Run each message file (``-``: standard input); return the exit status."""
@@ -5355,10 +5511,11 @@ class DryRun:
             signal.signal(number, signal.default_int_handler)
         try:
             for name in names:
-                print(f"== {shown(name)}", flush=True)
                 self._counts[self._run_message(name)] += 1
-            counts = (f"{number} {what}" for what, number in self._counts.items())
-            print(f"== messages: {len(names)};", ", ".join(counts), flush=True)
+            counts = ", ".join(f"{n} {end}" for end, n in self._counts.items())
+            what = "1 message" if len(names) == 1 else f"{len(names)} messages"
+            hint = "" if self._is_detailed else "; -d 3 shows more"
+            print(f"{what}: {counts}{hint}", flush=True)
         except KeyboardInterrupt:
             return 2
         except OSError as error:
@@ -5369,39 +5526,57 @@ class DryRun:
         return 1 if self._counts["refused"] or self._counts["dropped"] else 0
 
     def _run_message(self, name: str) -> str:
-        """Run one message; return what has become of it, a key of the counts."""
+        """Run one message; return what has become of it, a key of `ENDS`."""
         try:
             message = as_sent(read_message(name, self._directory))
         except OSError as error:
             self._log.error(f"couldn't read message: {shown(name)}: {reason(error)}")
+            self._printer.outcome("broken", name, "couldn't be read")
             return "broken"
-        variables = self._variables(message)
-        transaction = Transaction(self._shared, self._log, variables)
+        known = {**envelope_of(message), **self._given}
+        variables = self._variables(known)
+        log = self._log.with_prefix(f"{shown(name)}: ")
+        transaction = Transaction(self._shared, log, variables)
         with contextlib.closing(transaction):
-            try:
-                self._decide(transaction, message)
-            except FilterFailure as failure:
-                self._log.error(str(failure))
-                return "broken"
-            if transaction.environment:
-                print_filter(transaction)
-            reply = transaction.reply
-            print("reply:", "the server's" if reply is None else reply.text)
-            print("status:", transaction.status)
-            if reply is None:
+            self._decide(transaction, message, log)
+            changes = None
+            if transaction.reply is None:
                 client = printable(variables[b"CLIENT"])
                 sent = self._sent(transaction.message, client)
-                print_changes(shown(name), message, sent)
+                changes = changes_between(message, sent)
         if transaction.has_failed:
-            return "broken"
-        if reply is None:
-            return "passed"
-        return "dropped" if reply.is_success else "refused"
+            end = "broken"
+        elif transaction.reply is None:
+            end = "passed"
+        else:
+            end = "dropped" if transaction.reply.is_success else "refused"
+        self._printer.outcome(end, name, describe_outcome(transaction, changes))
+        if transaction.is_bare_refusal:
+            self._printer.fact(BARE_REFUSAL)
+        if self._is_detailed:
+            self._print_details(transaction, EXAMPLES.keys() - known.keys(), changes)
+        elif transaction.is_bare_refusal or transaction.has_failed:
+            self._printer.standard_error(transaction.standard_error)
+        print(end="", flush=True)
+        return end
 
-    def _decide(self, transaction: Transaction, message: bytes) -> None:
+    def _variables(self, known: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
+        """Return the variables of a message, with examples for unknown ones."""
+        address = self._config.out_address
+        server = to_octets(address.host) if address else b""
+        found = {name: known.get(name, example) for name, example in EXAMPLES.items()}
+        return {b"SERVER": server, **found}
+
+    def _decide(self, transaction: Transaction, message: bytes, log: Log) -> None:
         """Do with a message what the daemon would do."""
         config = self._config
-        transaction.receive(iter([message]))
+        try:
+            transaction.receive(iter([message]))
+        except FilterFailure as failure:
+            log.error(str(failure))
+            transaction.has_failed = True
+            transaction.reply, transaction.status = failure.reply, Status.FILTER_ERROR
+            return
         transaction.message = transaction.original
         if config.filter_type is FilterType.REJECT:
             transaction.reply = config.filter_reject
@@ -5414,12 +5589,6 @@ class DryRun:
         else:
             transaction.status = Status.PASSED
 
-    def _variables(self, message: bytes) -> dict[bytes, bytes]:
-        known = {**EXAMPLES, **envelope_of(message), **self._given}
-        address = self._config.out_address
-        server = to_octets(address.host) if address else b""
-        return {b"SERVER": server, **{name: known[name] for name in EXAMPLES}}
-
     def _sent(self, message: Spool, client: str) -> bytes:
         """Return the message that the server would get."""
         date = rfc5322_date(time.time())
@@ -5428,16 +5597,47 @@ class DryRun:
         blocks = [writer.feed(block) for block in message.blocks()]
         return MailDataReader().feed(b"".join([*blocks, writer.finish()]))
 
+    def _print_details(
+        self,
+        transaction: Transaction,
+        examples: Collection[bytes],
+        changes: Optional[Sequence[bytes]],
+    ) -> None:
+        """Print what the filter got, did and changed."""
+        printer, environment = self._printer, transaction.environment
+        if environment:
+            names = [name for name in FILTER_VARIABLES if name not in self._shown]
+            title = "environment, otherwise as above" if self._shown else "environment"
+            printer.lines(title, environment_lines(environment, names, examples))
+            self._shown = self._constant
+            printer.fact(f"filter: {describe_end(transaction)}")
+            printer.standard_error(transaction.standard_error)
+        reply = transaction.reply
+        printer.fact(f"reply: {FROM_SERVER if reply is None else reply.text}")
+        printer.fact(f"status: {transaction.status}")
+        printer.lines("changes", changes or (), is_diff=True)
 
-def print_filter(transaction: Transaction) -> None:
-    """Print the environment and the end of the filter."""
-    print("environment:")
-    for name in FILTER_VARIABLES:
-        lines = transaction.environment.get(name, b"").split(b"\n")
-        if name in transaction.environment:
-            print(f"  {name.decode()}={printable(lines[0])}")
-            for line in lines[1:]:
-                print(f"    {printable(line)}")
+
+def describe_outcome(
+    transaction: Transaction, changes: Optional[Sequence[bytes]]
+) -> str:
+    """Return the status of a message, and in short what else came of it."""
+    facts = [transaction.status]
+    reply = transaction.reply
+    if reply is not None and reply.text != transaction.status:
+        facts.append(f"the client gets {reply.text}")
+    if changes is not None:
+        added, removed = (
+            sum(line.startswith(mark) for line in changes) for mark in (b"+", b"-")
+        )
+        facts.append(f"+{added} -{removed} lines" if changes else "unchanged")
+    if transaction.environment:
+        facts.append(f"{transaction.filter_seconds:.3f} s")
+    return ", ".join(facts)
+
+
+def describe_end(transaction: Transaction) -> str:
+    """Return how the filter ended, and after how long."""
     status = transaction.exit_status
     if status is None:
         end = "did not end by itself"
@@ -5445,24 +5645,109 @@ def print_filter(transaction: Transaction) -> None:
         end = f"was ended by signal {-status}"
     else:
         end = f"exit status {status}"
-    print(f"filter: {end}, {transaction.filter_seconds:.3f} s")
+    return f"{end}, {transaction.filter_seconds:.3f} s"
 
 
-def print_changes(name: str, before: bytes, after: bytes) -> None:
-    """Print how two messages differ, as a unified diff of printable lines."""
+def environment_lines(
+    environment: Mapping[bytes, bytes],
+    names: Sequence[bytes],
+    examples: Collection[bytes],
+) -> list[bytes]:
+    """Return the lines of some variables; `examples` are marked as such."""
+    lines = []
+    for name in names:
+        if name in environment:
+            first, *others = environment[name].split(b"\n")
+            mark = b" (example)" if name in examples else b""
+            lines += [name + b"=" + first + mark, *(b"  " + line for line in others)]
+    return lines
+
+
+def changes_between(before: bytes, after: bytes) -> list[bytes]:
+    """Return how two messages differ, as a unified diff without names of files."""
     import difflib  # only a dry run needs it
 
     old, new = (message.split(b"\r\n")[:-1] for message in (before, after))
-    print("changes:" if old != new else "changes: none")
-    for line in difflib.diff_bytes(
-        difflib.unified_diff,
-        old,
-        new,
-        name.encode(),
-        f"{name} filtered".encode(),
-        lineterm=b"",
-    ):
-        print(printable(line))
+    diff = difflib.diff_bytes(difflib.unified_diff, old, new, lineterm=b"")
+    return list(diff)[2:]
+
+
+def escaped(octets: bytes) -> str:
+    """Return each octet as ``\\xNN``."""
+    return "".join(f"\\x{octet:02x}" for octet in octets)
+
+
+_UTF_8 = re.compile(rb"utf-?8", re.IGNORECASE)
+
+
+class Printer:
+    """Prints text that no terminal takes for commands, cut to what can be read.
+
+    UTF-8 is text where the locale says so.  Colours are for a terminal.
+    """
+
+    def __init__(self, environment: Mapping[bytes, bytes], *, is_whole: bool) -> None:
+        """`environment` has the locale, and NO_COLOR; `is_whole`: nothing is cut."""
+        variables = (b"LC_ALL", b"LC_CTYPE", b"LANG")  # the first that is set holds
+        locale = next(filter(None, map(environment.get, variables)), b"")
+        encoding = "" if sys.stdout is None else sys.stdout.encoding
+        self._is_utf8 = bool(_UTF_8.search(locale)) and encoding.lower() == "utf-8"
+        self._has_colours = os.isatty(1) and not environment.get(b"NO_COLOR")
+        self._is_whole = is_whole
+
+    def _text(self, octets: bytes) -> str:
+        """Return octets as printable characters, all others as ``\\xNN``."""
+        if not self._is_utf8:
+            return printable(octets)
+        text = to_text(octets)
+        if text.isprintable():
+            return text
+        return "".join(c if c.isprintable() else escaped(to_octets(c)) for c in text)
+
+    def _painted(self, text: str, colour: int) -> str:
+        return f"\x1b[{colour}m{text}\x1b[m" if self._has_colours and colour else text
+
+    def outcome(self, end: str, name: str, text: str) -> None:
+        """Print the line of a message."""
+        word = self._painted(f"{end:8}", ENDS[end])
+        print(f"{word} {self._text(to_octets(name))}: {text}", flush=True)
+
+    def fact(self, text: str) -> None:
+        """Print a line below a message."""
+        print(f"  {text}")
+
+    def standard_error(self, lines: Sequence[bytes]) -> None:
+        """Print the filter's standard error, of which the end says most."""
+        self.lines("standard error", lines, last=SHOWN_LINES // 2)
+
+    def lines(
+        self,
+        title: str,
+        lines: Sequence[bytes],
+        *,
+        last: int = 0,
+        is_diff: bool = False,
+    ) -> None:
+        """Print lines, if any, below a title; `last` of those shown are the last."""
+        if not lines:
+            return
+        left_out = 0 if self._is_whole else max(0, len(lines) - SHOWN_LINES)
+        rest = len(lines) - last
+        self.fact(f"{title}:")
+        for line in lines[: rest - left_out]:
+            self._print_line(line, is_diff=is_diff)
+        if left_out:
+            self.fact(f"  ... {left_out} lines left out, -d 4 shows all")
+        for line in lines[rest:]:
+            self._print_line(line, is_diff=is_diff)
+
+    def _print_line(self, octets: bytes, *, is_diff: bool) -> None:
+        text = self._text(octets)
+        colour = DIFF_COLOURS.get(text[:1], 0) if is_diff else 0
+        left_out = len(text) - SHOWN_COLUMNS
+        if left_out > 0 and not self._is_whole:
+            text = f"{text[:SHOWN_COLUMNS]} ... {left_out} columns left out"
+        self.fact(f"  {self._painted(text, colour)}")
 
 
 def read_message(name: str, directory: bytes) -> bytes:
@@ -5526,9 +5811,9 @@ def stop_start() -> NoReturn:
 class Signals:
     """Counts the signals that end the process, notes the others, wakes the main thread.
 
-    Until `on_end` is called, a signal interrupts the start.  A worker's signals come
-    from the supervisor, but SIGTERM from others as well (systemd signals all): it is
-    not counted twice there, and SIGQUIT is the second one.
+    Until `on_end` is called, a signal interrupts the start.  A worker counts SIGTERM
+    once, since systemd and the supervisor may both send it.  SIGQUIT, which only the
+    supervisor sends, is its second signal.
     """
 
     def __init__(self, *, is_worker: bool = False) -> None:
@@ -5549,10 +5834,10 @@ class Signals:
             signal.signal(signal.SIGQUIT, self._quit)
         signal.signal(signal.SIGUSR1, self._note)
         signal.signal(signal.SIGHUP, self._note)
-        # A handler, unlike SIG_IGN, does not reach the filters.
+        # Not SIG_IGN, which the filters would inherit.
         signal.signal(signal.SIGPIPE, lambda _number, _frame: None)
-        # SIGCHLD would restart the wait of some thread each time a filter exits.  What
-        # else our parent has blocked is unblocked.
+        # SIGCHLD is blocked, since it would interrupt some thread's system call each
+        # time a filter exits.  All others are unblocked.
         signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGCHLD})
 
     def on_end(self, end_at_once: Callable[[], object]) -> None:
@@ -5783,7 +6068,7 @@ def keep_net_admin(change_user: Callable[[], None]) -> None:
     try:
         _call_libc("capset", header, struct.pack("@6I", bits, bits, 0, 0, 0, 0))
     except PermissionError as error:
-        # To listen takes CAP_NET_RAW alone, and root in a container may have no more.
+        # In a container root may only have CAP_NET_RAW, which is enough to listen.
         raise SystemRefused(NEEDS_NET_ADMIN) from error
 
 
@@ -5952,7 +6237,7 @@ def shell_complaint(command: str) -> str:
         return ""  # whatever it waits for is not the command's fault
     if not shell.returncode:
         return ""
-    return printable((shell.stderr.strip() or b"for no reason").splitlines()[0])
+    return printable((shell.stderr.strip() or b"no reason given").splitlines()[0])
 
 
 class CheckedChannel(ServerChannel):
@@ -5988,12 +6273,25 @@ def server_warnings(config: Config) -> list[str]:
         return [f"{name} cannot be connected to: {reason(error)}"]
     except ServerLost as error:
         return [f"{name} does not talk SMTP: {error}"]
-    wanted = {b"XCLIENT": config.xclient, b"XFORWARD": bool(config.filter_command)}
+    wanted = {b"XCLIENT": config.xclient, b"XFORWARD": uses_remote(config)}
     return [
         f"{name} does not offer {extension.decode()}"
         for extension, is_wanted in wanted.items()
         if is_wanted and offered_attributes(hello, extension) is None
     ]
+
+
+SCRIPT_LOOKED_AT = 1024 * 1024  # octets of a filter that may use REMOTE
+
+
+def uses_remote(config: Config) -> bool:
+    """Return whether the filter has a use for XFORWARD, as far as its text shows."""
+    if "REMOTE" in config.filter_command:
+        return True
+    for place in places_of(to_octets(program_of(config.filter_command))):
+        with contextlib.suppress(OSError), open(place, "rb") as file:
+            return b"REMOTE" in file.read(SCRIPT_LOOKED_AT)
+    return False
 
 
 # ---------------------------------------------------------------------------
@@ -6072,6 +6370,9 @@ def close_on_exec() -> None:
                 os.set_inheritable(descriptor, False)
 
 
+FIRST_PASSED = 3  # SD_LISTEN_FDS_START
+
+
 def passed_socket() -> Optional[socket.socket]:
     """Return the listening socket that systemd has passed (sd_listen_fds(3)), or None.
 
@@ -6103,6 +6404,9 @@ def close_inherited(kept: Optional[socket.socket]) -> None:
                 os.close(descriptor)
 
 
+MOST_INHERITED = 65536  # descriptors to try where the system does not list them
+
+
 def possible_descriptors() -> Sequence[int]:
     """Return the descriptors that we have, and perhaps others."""
     if IS_LINUX:  # elsewhere the directory may have the standard ones only
@@ -6111,6 +6415,11 @@ def possible_descriptors() -> Sequence[int]:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     is_bounded = 0 <= soft < MOST_INHERITED  # RLIM_INFINITY may be below 0
     return range(soft if is_bounded else MOST_INHERITED)
+
+
+DESCRIPTORS_APART = 32  # descriptors of the process besides the connections'
+DESCRIPTORS_EACH = 10  # descriptors of a connection with a filter
+MACOS_DESCRIPTORS = 10240  # OPEN_MAX, the highest limit that macOS accepts
 
 
 def raise_descriptor_limit(config: Config) -> int:
@@ -6133,6 +6442,9 @@ def name_process() -> None:
     """Be called proxsmtpd, also when started as an argument of python3."""
     with contextlib.suppress(OSError), open("/proc/self/comm", "w") as file:
         file.write(NAME)
+
+
+NOTIFY_SECONDS = 1.0  # to wait for a busy service manager
 
 
 class ServiceManager:
@@ -6166,13 +6478,13 @@ class Options(NamedTuple):
     pid_file: str = ""
     check: bool = False
     messages: Sequence[str] = ()  # for a dry run
-    version: bool = False
+    text: str = ""  # to print, and do nothing else
 
 
 def parse_options(arguments: Sequence[str]) -> Options:
     """Parse the command line without its first word; raises `UsageError`."""
     try:
-        pairs, rest = getopt.getopt(list(arguments), "d:f:p:tv")
+        pairs, rest = getopt.getopt(list(arguments), "d:f:hp:tv", ["help", "version"])
     except getopt.GetoptError as error:
         raise UsageError(error.msg, USAGE) from error
     options = Options(messages=rest)
@@ -6187,8 +6499,11 @@ def parse_options(arguments: Sequence[str]) -> Options:
             options = options._replace(pid_file=value)
         elif flag == "-t":
             options = options._replace(check=True)
+        elif flag in ("-h", "--help"):
+            return Options(text=HELP)
         else:
-            options = options._replace(version=True)
+            text = f"{NAME} (version {VERSION})\n          (config: {CONFIG_FILE})"
+            options = options._replace(text=text)
     if rest and not options.check:
         raise UsageError(USAGE)
     return options
@@ -6207,9 +6522,8 @@ def main(arguments: Sequence[str]) -> int:
                 os.write(2, f"{line}\n".encode())
         return 2
     log = make_log(options)
-    if options.version:
-        text = f"{NAME} (version {VERSION})\n          (config: {CONFIG_FILE})"
-        return print_answer(text, log)
+    if options.text:
+        return print_answer(options.text, log)
     try:
         return carry_out(options, log)
     except SystemRefused as error:
@@ -6222,17 +6536,17 @@ def main(arguments: Sequence[str]) -> int:
 def carry_out(options: Options, log: Log) -> int:
     """Read the configuration, and be the daemon, or check, or run dry."""
     open_standard_descriptors()
-    config = load_config(options.config_file, log)
+    directory = working_directory()
+    config = load_config(options.config_file, directory, log)
     if config is None:
         return 2
-    directory = working_directory()
     if options.debug_level is None:
         os.chdir("/")  # where a daemon works
     if options.messages:
         close_on_exec()
         return DryRun(config, log, directory).run(options.messages)
     if options.check:
-        return check(config, log)
+        return check_config(config, log)
     return Daemon(config, options, log, directory).run()
 
 
@@ -6240,14 +6554,16 @@ def make_log(options: Options) -> Log:
     """Return the log for the start; a daemon leaves standard error later."""
     if options.debug_level is not None:
         return Log(options.debug_level, to_standard_error)
-    if options.check or options.version:
+    if options.check or options.text:
         return Log(WARNING, to_standard_error)
     syslog.openlog(NAME, 0, syslog.LOG_MAIL)
     return Log(INFO, to_standard_error, to_syslog)
 
 
-def load_config(path: str, log: Log) -> Optional[Config]:
+def load_config(path: str, directory: bytes, log: Log) -> Optional[Config]:
     """Read the configuration; log what is wrong with it, and then return None.
+
+    `directory` is what paths in it are relative to.
 
     Raises `SystemRefused` if there is a file that cannot be read.
     """
@@ -6262,6 +6578,8 @@ def load_config(path: str, log: Log) -> Optional[Config]:
         text = f"couldn't read config file: {shown(path)}: {reason(error)}"
         raise SystemRefused(text) from error
     config, errors = parse_config(octets, path)
+    whole = os.path.join(directory, config.temp_directory)
+    config.temp_directory = os.path.abspath(whole)
     if not errors and is_loop(config):
         errors.append(ConfigError(OWN_LISTENER, path))
     for fault in errors:
@@ -6269,7 +6587,7 @@ def load_config(path: str, log: Log) -> Optional[Config]:
     return None if errors else config
 
 
-def check(config: Config, log: Log) -> int:
+def check_config(config: Config, log: Log) -> int:
     """Look for what is probably wrong (-t); the configuration itself is right."""
     found = warnings_of(config)
     if config.user and find_user(config.user) is None:
@@ -6300,6 +6618,9 @@ def give_up_output(error: OSError, log: Log) -> None:
         log.error(reason(fault))
 
 
+STACK_SIZE = 512 * 1024
+
+
 class Daemon:
     """The daemon from binding to its end, as the only process or the supervisor."""
 
@@ -6309,6 +6630,7 @@ class Daemon:
         """`directory` is what the configuration's path is relative to."""
         self.config = config
         self.log = log
+        self._directory = directory
         self.is_alone = process_count(config) == 1
         self.signals: Signals  # from `_start` on, as the next two
         self.limit: ConnectionLimit
@@ -6332,7 +6654,6 @@ class Daemon:
                 # The parent of a daemon has not reported success yet.
                 return 1 if self._is_detached else 0
             sys.excepthook = functools.partial(log_fault, self.log)
-            at_end.callback(self._manager.tell, b"STOPPING=1")
             if supervisor is None:
                 serve_alone(self)
             else:
@@ -6351,7 +6672,7 @@ class Daemon:
         name_process()
         passed = passed_socket()
         close_inherited(passed)
-        self._descriptor_limit = raise_descriptor_limit(config)
+        self._raise_descriptor_limit()
         timeval_form()  # while there are descriptors
         if config.filter_command:
             best_spawn()  # loads now, not at the first message, what it needs
@@ -6366,7 +6687,7 @@ class Daemon:
             self.listener = Listener(config, self.log, self.limit, passed)
             at_end.callback(self.listener.server_close)
         parent = detach() if self._is_detached else None
-        self.listener.own()
+        self.listener.take_ownership()
         write_pid_file(self._pid_file, at_end)
         drop_privileges(config, self.log)
         threading.stack_size(STACK_SIZE)
@@ -6383,6 +6704,14 @@ class Daemon:
         end_now = (supervisor or self.listener).end_now
         self.signals.on_end(functools.partial(end_at_once, end_now, at_end))
         return supervisor
+
+    def _raise_descriptor_limit(self) -> None:
+        former = raise_descriptor_limit(self.config)
+        self._descriptor_limit = self._descriptor_limit or former
+
+    def notify_end(self) -> None:
+        """Tell the service manager that the daemon is about to end."""
+        self._manager.tell(b"STOPPING=1")
 
     def _log_warnings(self) -> None:
         """Log what is probably not meant, but no reason not to start."""
@@ -6409,7 +6738,7 @@ class Daemon:
         self._manager.tell(b"RELOADING=1\nMONOTONIC_USEC=%d" % monotonic)
         config = None
         try:
-            config = load_config(self._path, self.log)
+            config = load_config(self._path, self._directory, self.log)
         except SystemRefused as error:
             self.log.error(str(error))
         if config is None:
@@ -6418,7 +6747,7 @@ class Daemon:
             self._keep_settings_of_the_start(config)
             self.config = config
             self._log_warnings()
-            raise_descriptor_limit(config)
+            self._raise_descriptor_limit()
             self.log.notice("configuration reloaded")
         self._manager.tell(b"READY=1")
         return config is not None
@@ -6426,12 +6755,11 @@ class Daemon:
     def _keep_settings_of_the_start(self, config: Config) -> None:
         """Take back what cannot change without a restart."""
         changed = []
-        for name in _SETTINGS_OF_THE_START:
-            attribute = _SETTINGS_BY_NAME[name.lower()].attribute
-            old = getattr(self.config, attribute)
-            if getattr(config, attribute) != old:
-                changed.append(name)
-                setattr(config, attribute, old)
+        for setting in SETTINGS:
+            old = getattr(self.config, setting.attribute)
+            if setting.needs_restart and getattr(config, setting.attribute) != old:
+                changed.append(setting.name)
+                setattr(config, setting.attribute, old)
         if self.is_alone and process_count(config) > 1:
             changed.append("Processes")
         for name in changed:
@@ -6446,10 +6774,6 @@ def end_at_once(
     if at_end is not None:
         at_end.close()
     os._exit(0)
-
-
-# Settings whose effect is over when the daemon has started.
-_SETTINGS_OF_THE_START = ("Listen", "PidFile", "TransparentProxy", "User")
 
 
 def log_fault(

@@ -178,8 +178,10 @@ def test_server_gets_the_clients_attributes(
 def test_addresses_of_a_listener_for_both_families(
     servers: Servers, proxsmtpd: StartDaemon, listen_on_ipv6: str, mapped: bool
 ) -> None:
-    listen = listen_on_ipv6.replace("::1", "::")
-    daemon = proxsmtpd(servers.settings("trusting", listen))
+    assert listen_on_ipv6  # there is IPv6
+    with reserve_port("::") as holder:
+        listen = f"[::]:{port_of(holder)}"
+        daemon = proxsmtpd(servers.settings("trusting", listen))
     host, source = ("127.0.0.1", "127.0.0.2") if mapped else ("::1", "::1")
     with RawClient((host, daemon.port), source=(source, 0)) as client:
         client.reply()

@@ -213,6 +213,32 @@ def test_rejection_is_logged_with_its_words(proxsmtpd: StartDaemon) -> None:
     )
 
 
+def logged_errors(daemon: Daemon) -> list[str]:
+    """Return the filter's standard error as the log has it."""
+    return re.findall(r"^proxsmtpd: [0-9A-F]{6}: FILTER < (.*)$", daemon.log(), re.M)
+
+
+@pytest.mark.parametrize("end", ["exec cat", "exit 1", "kill -KILL $$", "sleep 60"])
+def test_standard_error_is_logged_at_level_4(end: str, proxsmtpd: StartDaemon) -> None:
+    """Each line of it, also where the filter agrees, and as printable ASCII."""
+    text = r"printf 'one\n\ncaf\303\251 \033[2J\n554 no' >&2"
+    settings = {"FilterCommand": f"{text}; {end}", "FilterTimeout": 1}
+    daemon = proxsmtpd(settings, level=4)
+    deliver(daemon)
+    assert logged_errors(daemon) == ["one", "", r"caf\xc3\xa9 \x1b[2J", "554 no"]
+    daemon = proxsmtpd(settings, level=3)
+    deliver(daemon)
+    assert logged_errors(daemon) == []
+
+
+def test_long_standard_error_is_logged_in_part(proxsmtpd: StartDaemon) -> None:
+    daemon = proxsmtpd({"FilterCommand": "yes 12345678 | head -c 9M >&2; cat"}, level=4)
+    assert deliver(daemon) == QUEUED
+    lines = logged_errors(daemon)
+    assert f"... {9 * MEGABYTE - 2 * 8192} octets left out" in lines
+    assert len(lines) < 2000
+
+
 # --- The filter's environment ---
 
 

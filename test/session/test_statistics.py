@@ -293,6 +293,97 @@ def test_times_are_not_shown_at_level_3(proxsmtpd: StartDaemon) -> None:
     assert "took" not in daemon.log()
 
 
+# --- The line by which a message is found in two logs ---
+
+DETAILS = r"^proxsmtpd: (\w{6}): ((?:message-id=|size=).*)$"
+
+
+def details(daemon: Daemon) -> dict[str, str]:
+    """Wait for that line, which follows the message's own, and return its fields."""
+    number, line = daemon.wait_log(DETAILS).groups()
+    daemon.wait_log(
+        rf"^proxsmtpd: {number}: client=.*\nproxsmtpd: {number}: {line[:4]}"
+    )
+    return dict(field.split("=", 1) for field in line.split(", "))
+
+
+def test_details_of_a_filtered_message(
+    proxsmtpd: StartDaemon, make_server: MakeServer
+) -> None:
+    server = make_server({"DOT": b"250 2.0.0 Ok: queued as 4BXyz\r\n"})
+    daemon = proxsmtpd({"FilterCommand": "cat"}, level=3, server=server)
+    client = daemon.connect()
+    client.start()
+    client.expect(b"XFORWARD ADDR=192.0.2.7 HELO=c.example", b"250")
+    message = b"Subject: x\r\nMessage-ID:\r\n <1.a@b.example>\r\n\r\nHello\r\n"
+    assert client.message(message) == b"250 2.0.0 Ok: queued as 4BXyz\r\n"
+    found = details(daemon)
+    assert list(found) == ["message-id", "size", "remote", "filter", "server", "reply"]
+    assert found["message-id"] == "<1.a@b.example>"
+    assert found["size"] == str(len(message))
+    assert found["remote"] == "192.0.2.7"
+    assert found["reply"] == "250 2.0.0 Ok: queued as 4BXyz"
+    for side in ("filter", "server"):
+        assert 0 <= float(found[side]) < 30
+
+
+WITHOUT = {
+    "refused by the filter": ({"FilterCommand": "exit 1"}, {}, ["size", "filter"]),
+    "passed": ({}, {}, ["size", "server", "reply"]),
+    "refused at DATA": (
+        {"FilterCommand": "cat"},
+        {"DATA": b"451 no\r\n"},
+        ["size", "filter", "server", "reply"],
+    ),
+    "refused at the end": (
+        {"FilterCommand": "cat"},
+        {"DOT": b"554 no\r\n"},
+        ["size", "filter", "server", "reply"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("settings", "script", "names"), WITHOUT.values(), ids=WITHOUT)
+def test_details_leave_out_what_is_not_known(
+    settings: dict[str, str],
+    script: dict[str, bytes],
+    names: list[str],
+    proxsmtpd: StartDaemon,
+    make_server: MakeServer,
+) -> None:
+    daemon = proxsmtpd(settings, level=3, server=make_server(script))
+    daemon.connect().message(MESSAGE)
+    assert list(details(daemon)) == names
+
+
+IDS = {
+    b"message-id : <a@b>\r\n\r\n": "<a@b>",
+    b"X: 1\r\nMESSAGE-ID:<a@b>\r\nY: 2\r\n\r\nx\r\n": "<a@b>",
+    b"Message-ID: <a b,c\x1b=1>\r\n\r\n": r"<a\x20b\x2cc\x1b=1>",
+    b"Message-ID: <" + b"x" * 300 + b">\r\n\r\n": "<" + "x" * 255,
+    b"Subject: x\r\n\r\nMessage-ID: <a@b>\r\n": None,
+    b"Message-ID:\r\n\r\n<a@b>\r\n": None,
+    b"X-Message-ID: <a@b>\r\n\r\n": None,
+    b"Message-ID: none\r\n\r\n": None,
+    b"X: " + b"x" * 20_000 + b"\r\nMessage-ID: <a@b>\r\n\r\n": None,
+}
+
+
+@pytest.mark.parametrize("message", IDS, ids=range(len(IDS)))
+@pytest.mark.parametrize("command", ["", "cat"])
+def test_message_id(message: bytes, command: str, proxsmtpd: StartDaemon) -> None:
+    """It cannot forge a field or a line, nor make one long."""
+    daemon = proxsmtpd({"FilterCommand": command}, level=3)
+    client = daemon.connect()
+    client.start()
+    client.envelope(b"<a@b.example>", [b"<c@d.example>"])
+    client.expect(b"DATA", b"354")
+    for part in (message[:7], message[7:30], message[30:], b".\r\n"):
+        client.send(part)
+    assert client.reply() == QUEUED
+    assert details(daemon).get("message-id") == IDS[message]
+
+
 # --- The signal ---
 
 

@@ -81,10 +81,14 @@ class Machine:
             self.output('mount --bind "$1" "$2"', source, target)
 
     def processes(self, name: str) -> set[int]:
-        """Return the machine's own numbers of the processes with a name."""
-        script = "ps -e -o pid= -o comm="
-        lines = (line.split(None, 1) for line in self.output(script).splitlines())
-        return {int(pid) for pid, found in lines if found.strip() == name}
+        """Return the machine's own numbers of the processes with a name.
+
+        Those that another one of them has started, as workers, are left out.
+        """
+        script = "ps -e -o pid= -o ppid= -o comm="
+        lines = (line.split(None, 2) for line in self.output(script).splitlines())
+        parents = {int(p): int(pp) for p, pp, found in lines if found.strip() == name}
+        return {pid for pid, parent in parents.items() if parent not in parents}
 
 
 @contextmanager

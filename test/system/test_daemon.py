@@ -77,7 +77,7 @@ def config(tmp_path: Path) -> Callable[[str], Path]:
 
 
 @pytest.mark.parametrize(
-    "args", [["-x"], ["file"], ["-f"], ["-p"], ["-d"], ["-v", "file"], ["--help"]]
+    "args", [["-x"], ["file"], ["-f"], ["-p"], ["-d"], ["-v", "file"], ["--hope"]]
 )
 def test_usage(args: list[str]) -> None:
     result = run(*args)
@@ -99,6 +99,21 @@ def test_version() -> None:
     assert result.stderr == ""
     lines = r"proxsmtpd \(version \d[\w.]*\)\n          \(config: /.*\.conf\)\n"
     assert re.fullmatch(lines, result.stdout)
+
+
+def test_version_by_its_long_option() -> None:
+    assert run("--version").stdout == run("-v").stdout
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help(option: str) -> None:
+    """It is what was asked for: on standard output, with exit status 0."""
+    result = run(option)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith(USAGE)
+    for flag in ("-d LEVEL", "-f FILE", "-p FILE", "-t ", "-v, --version"):
+        assert f"\n  {flag}" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) < 80
 
 
 @pytest.mark.parametrize("path", ["/dev/full", "/dev/null"])
@@ -996,7 +1011,8 @@ def received(client: RawClient) -> bytes:
 def test_no_threads_left(detach: Detach) -> None:
     user = some_user()
     daemon = detach(
-        {"User": user.pw_name}, preexec_fn=limited(resource.RLIMIT_NPROC, 6)
+        {"User": user.pw_name, "Processes": 1},
+        preexec_fn=limited(resource.RLIMIT_NPROC, 6),
     )
     clients = [RawClient(daemon.address) for _ in range(12)]
     greetings = [client.reply() for client in clients]
@@ -1308,7 +1324,8 @@ def test_syslog(detach: Detach, place: Path) -> None:
         while not records or b"status=FILTER-ERROR" not in records[-1]:
             records.append(log.recv(65536))
         os.kill(daemon.pid, signal.SIGUSR1)
-        records.append(log.recv(65536))
+        while b": statistics: " not in records[-1]:
+            records.append(log.recv(65536))
         daemon.end()
     form = rb"<(\d+)>[A-Z][a-z]{2} [ \d]\d \d\d:\d\d:\d\d proxsmtpd(\[\d+\])?: .*"
     found = [re.fullmatch(form, record.rstrip(b"\0\n")) for record in records]

@@ -746,6 +746,15 @@ def test_manual_has_each_status_of_the_log() -> None:
     assert {n for n in names if n not in fields} == statuses
 
 
+def test_manual_has_each_end_of_the_dry_run() -> None:
+    text = section("proxsmtpd.8", "DRY RUN")
+    assert items(text, "Li") == list(program.ENDS)
+    assert program.BARE_REFUSAL in rendered(text)
+    numbers = f"{program.SHOWN_LINES} lines", f"{program.SHOWN_COLUMNS} characters"
+    for words in (*numbers, f"{program.EXCERPT_KEPT // 1024} kilobytes"):
+        assert words in rendered(text)
+
+
 @pytest.mark.parametrize(
     "reply", [program.LOCAL_ERROR.text, program.CONTENT_REJECTED.decode()]
 )
@@ -780,7 +789,7 @@ def test_usage_and_manual_have_the_same_options() -> None:
     synopsis = section("proxsmtpd.8", "SYNOPSIS")
     described = items(section("proxsmtpd.8", "DESCRIPTION"), "Fl")
     in_usage = re.findall(r"-([a-z])\b", usage)
-    assert sorted(set(in_usage)) == sorted(described)
+    assert sorted({*in_usage, "h"}) == sorted(described)
     assert re.findall(r"Fl ([a-z])", synopsis) == in_usage
 
 

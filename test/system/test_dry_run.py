@@ -71,40 +71,67 @@ MESSAGE = (
 KINDS_OF_END = ("passed", "dropped", "refused", "broken")
 
 
-class Result(NamedTuple):
-    """The output on one message."""
+BARE = (
+    "refused without a reply of its own: a crash would look the same; see FilterVerdict"
+)
+HINT = "; -d 3 shows more"
+MARK = " (example)"
 
+
+class Result(NamedTuple):
+    """The output on one message, at level 3 or 4."""
+
+    end: str  # one of KINDS_OF_END
     name: str
+    summary: str  # what else stands in the message's line
     environment: dict[str, str]
+    examples: set[str]  # the variables that are marked as such
     filter: str
+    errors: list[str]  # the filter's standard error
     reply: str
     status: str
     changes: list[str]  # the unified diff
+    is_bare: bool  # marked as a refusal without a reply
 
     @classmethod
-    def parse(cls, lines: Sequence[str]) -> Result:
-        """Parse the lines on one message, the first of which has its name."""
-        found: dict[str, list[str]] = {}
+    def parse(cls, lines: Sequence[str], before: Mapping[str, str]) -> Result:
+        """Parse the lines on one message; `before` is the environment above them."""
+        match = re.fullmatch(r"(\w+) +(\S+): (.*)", lines[0])
+        assert match, lines[0]
+        parts: dict[str, list[str]] = {}
+        facts: dict[str, str] = {}
+        title = ""
         for line in lines[1:]:
-            word, colon, value = line.partition(":")
-            if colon and word in ("environment", "filter", "reply", "status"):
-                found[word] = [value.strip()]
-            elif line in ("changes:", "changes: none"):
-                found["changes"] = []
-            else:
-                list(found.values())[-1].append(line)
-        variables: dict[str, str] = {}
-        for line in found.get("environment", [""])[1:]:
             if line.startswith("    "):
-                variables[list(variables)[-1]] += "\n" + line[4:]
+                parts[title].append(line[4:])
+            elif line.endswith(":"):
+                title = line[2:-1]
+                parts[title] = []
             else:
-                name, _, value = line[2:].partition("=")
+                word, _, value = line[2:].partition(": ")
+                facts[word] = value
+        variables = {} if "environment" in parts else dict(before)
+        own = parts.get("environment") or parts.get("environment, otherwise as above")
+        name = ""
+        for line in own or []:
+            if line.startswith("  "):
+                variables[name] += "\n" + line[2:]
+            else:
+                name, _, value = line.removesuffix(MARK).partition("=")
                 variables[name] = value
-        end, reply, status = (
-            found.get(word, [""])[0] for word in ("filter", "reply", "status")
+        return cls(
+            end=match[1],
+            name=match[2],
+            summary=match[3],
+            environment=variables if own else {},
+            examples={ln.partition("=")[0] for ln in own or [] if ln.endswith(MARK)},
+            filter=facts.get("filter", ""),
+            errors=parts.get("standard error", []),
+            reply=facts.get("reply", ""),
+            status=facts.get("status", ""),
+            changes=parts.get("changes", []),
+            is_bare=f"  {BARE}" in lines,
         )
-        changes = found.get("changes", [])
-        return cls(lines[0][3:], variables, end, reply, status, changes)
 
 
 class DryRun(NamedTuple):
@@ -116,8 +143,12 @@ class DryRun(NamedTuple):
 
     @property
     def results(self) -> list[Result]:
-        parts = re.split(r"^(?=== )", self.output, flags=re.M)[1:-1]
-        return [Result.parse(part.splitlines()) for part in parts]
+        found: list[Result] = []
+        heads = rf"^(?=(?:{'|'.join(KINDS_OF_END)})  )|^(?=\d+ messages?: )"
+        for part in re.split(heads, self.output, flags=re.M)[1:-1]:
+            before = found[0].environment if found else {}
+            found.append(Result.parse(part.splitlines(), before))
+        return found
 
     @property
     def only(self) -> Result:
@@ -129,7 +160,7 @@ class DryRun(NamedTuple):
     def counts(self) -> dict[str, int]:
         """Return the summary, without what did not happen."""
         kinds = ", ".join(rf"(\d+) {kind}" for kind in KINDS_OF_END)
-        form = rf"== messages: (\d+); {kinds}"
+        form = rf"(\d+) messages?: {kinds}(?:{HINT})?"
         match = re.fullmatch(form, self.output.splitlines()[-1])
         assert match, self.output
         total, *numbers = map(int, match.groups())
@@ -151,6 +182,7 @@ class StartDryRun(Protocol):
         *messages: Union[bytes, str],
         stdin: bytes = b"",
         env: Mapping[str, Union[str, bytes]] | None = None,
+        level: int | None = 3,
         **options: Any,
     ) -> DryRun: ...
 
@@ -199,11 +231,12 @@ def dry_run(workspace: Workspace) -> StartDryRun:
         *messages: Union[bytes, str],
         stdin: bytes = b"",
         env: Mapping[str, Union[str, bytes]] | None = None,
+        level: int | None = 3,
         **options: Any,
     ) -> DryRun:
         mark = uuid.uuid4().hex
         process = subprocess.run(
-            workspace.command(settings, *messages),
+            workspace.command(settings, *messages, level=level if messages else None),
             check=False,
             input=stdin,
             capture_output=True,
@@ -227,37 +260,221 @@ def dry_run(workspace: Workspace) -> StartDryRun:
 
 
 def test_whole_output(dry_run: StartDryRun) -> None:
-    result = dry_run({"FilterCommand": "sed s/Hello/Goodbye/"}, MESSAGE)
+    command = "echo Note >&2; sed s/Hello/Goodbye/"
+    message = b"Subject: x\n\nHello\n"
+    result = dry_run({"FilterCommand": command}, MESSAGE, message)
     output = re.sub(r"\d+\.\d{3} s", "N s", result.output)
     temporary = f"{output.partition('TMPDIR=')[2].splitlines()[0]}"
     assert (
         output
         == f"""\
-== message-1
-environment:
-  CLIENT=192.0.2.1
-  SERVER=192.0.2.25
-  SENDER=bounce@example.com
-  RECIPIENTS=b@example.net
-  REMOTE=198.51.100.1
-  REMOTE_HELO=client.example
-  TMPDIR={temporary}
-filter: exit status 0, N s
-reply: the server's
-status: FILTERED
-changes:
---- message-1
-+++ message-1 filtered
-@@ -3,4 +3,4 @@
- To: b@example.net
- Subject: test
-{" "}
--Hello
-+Goodbye
-== messages: 1; 1 passed, 0 dropped, 0 refused, 0 broken
+passed   message-1: FILTERED, +1 -1 lines, N s
+  environment:
+    CLIENT=192.0.2.1 (example)
+    SERVER=192.0.2.25
+    SENDER=bounce@example.com
+    RECIPIENTS=b@example.net
+    REMOTE=198.51.100.1 (example)
+    REMOTE_HELO=client.example (example)
+    TMPDIR={temporary}
+  filter: exit status 0, N s
+  standard error:
+    Note
+  reply: the server's
+  status: FILTERED
+  changes:
+    @@ -3,4 +3,4 @@
+     To: b@example.net
+     Subject: test
+    {" "}
+    -Hello
+    +Goodbye
+passed   message-2: FILTERED, +1 -1 lines, N s
+  environment, otherwise as above:
+    SENDER=sender@example.com (example)
+    RECIPIENTS=recipient@example.net (example)
+  filter: exit status 0, N s
+  standard error:
+    Note
+  reply: the server's
+  status: FILTERED
+  changes:
+    @@ -1,3 +1,3 @@
+     Subject: x
+    {" "}
+    -Hello
+    +Goodbye
+2 messages: 2 passed, 0 dropped, 0 refused, 0 broken
 """
     )
     assert (result.exit_status, result.errors) == (0, "")
+
+
+LINES = {
+    "sed s/Hello/Goodbye/": "passed   message-1: FILTERED, +1 -1 lines, N s",
+    "echo Note >&2; cat": "passed   message-1: FILTERED, unchanged, N s",
+    "echo 250 2.0.0 Ok >&2; exit 1": "dropped  message-1: 250 2.0.0 Ok, N s",
+    "(echo No; echo 554 Spam) >&2; exit 1": "refused  message-1: 554 Spam, N s",
+    "(echo No; echo Spam) >&2; exit 1": (
+        f"refused  message-1: 550 Content Rejected; Spam, N s\n  {BARE}\n"
+        "  standard error:\n    No\n    Spam"
+    ),
+    "exit 1": f"refused  message-1: 550 Content Rejected, N s\n  {BARE}",
+    "(echo No; echo Spam) >&2; exit 75": (
+        "broken   message-1: FILTER-ERROR, the client gets 451 Local Error, N s\n"
+        "  standard error:\n    No\n    Spam"
+    ),
+}
+
+
+@pytest.mark.parametrize("command", LINES)
+@pytest.mark.parametrize("level", [None, 0, 1, 2])
+def test_a_line_for_each_message(
+    command: str, level: int | None, dry_run: StartDryRun
+) -> None:
+    """There is more where the filter has failed, or may have."""
+    result = dry_run({"FilterCommand": command}, MESSAGE, level=level)
+    *lines, summary = result.output.splitlines()
+    assert re.sub(r"\d+\.\d{3} s", "N s", "\n".join(lines)) == LINES[command]
+    end = LINES[command].split()[0]
+    counts = [f"{int(kind == end)} {kind}" for kind in KINDS_OF_END]
+    assert summary == f"1 message: {', '.join(counts)}{HINT}"
+
+
+def test_refusal_without_a_reply_is_marked(dry_run: StartDryRun) -> None:
+    """Others are not: a reply, a drop, a failure, a message that passes."""
+    commands = {"exit 1": True, "echo oops >&2; exit 3": True, "exit 75": False}
+    commands.update(dict.fromkeys(("cat", "echo 554 x >&2; exit 1"), False))
+    for settings in ({}, OBSERVE):
+        for command, is_bare in commands.items():
+            result = dry_run({**settings, "FilterCommand": command}, MESSAGE)
+            assert result.only.is_bare == is_bare, command
+    assert not dry_run({"FilterType": "reject"}, MESSAGE).only.is_bare
+
+
+def test_standard_error_is_shown(dry_run: StartDryRun) -> None:
+    """All of it, but for the middle of what is long; it is the text of strangers."""
+    octets = r"printf 'caf\303\251 \033[2J\351\n' >&2"
+    result = dry_run({"FilterCommand": f"echo One >&2; {octets}; cat"}, MESSAGE)
+    assert result.only.errors == ["One", r"caf\xc3\xa9 \x1b[2J\xe9"]
+    settings = {"FilterCommand": "seq 1000 1100 >&2; cat"}
+    numbers = [str(n) for n in range(1000, 1101)]
+    note = "... 61 lines left out, -d 4 shows all"
+    errors = dry_run(settings, MESSAGE).only.errors
+    assert errors == [*numbers[:20], note, *numbers[-20:]]
+    assert dry_run(settings, MESSAGE, level=4).only.errors == numbers
+
+
+def test_standard_error_without_end_is_cut(dry_run: StartDryRun) -> None:
+    """Its first and its last 8 kilobytes are kept."""
+    command = "seq 1 200000 >&2; echo 554 Spam >&2; exit 1"
+    numbers = b"".join(b"%d\n" % n for n in range(1, 200_001)) + b"554 Spam\n"
+    result = dry_run({"FilterCommand": command}, MESSAGE, level=4)
+    errors = result.only.errors
+    (place,) = (n for n, line in enumerate(errors) if "left out" in line)
+    assert errors[place] == f"... {len(numbers) - 2 * 8192} octets left out"
+    assert errors[:place] == numbers[:8192].decode().splitlines()
+    assert errors[place + 1 :] == numbers[-8192:].decode().splitlines()
+    logged = [ln for ln in result.errors.splitlines() if ": FILTER < " in ln]
+    assert [ln.partition(" < ")[2] for ln in logged] == errors
+
+
+def test_long_changes_are_cut(dry_run: StartDryRun) -> None:
+    settings = {"FilterCommand": "cat; seq 1 50; printf '%0200d\\n' 0"}
+    whole = dry_run(settings, MESSAGE, level=4).only.changes
+    numbers = [f"+{n}" for n in range(1, 51)]
+    assert whole[-51:] == [*numbers, f"+{'0' * 200}"]
+    note = f"... {len(whole) - 40} lines left out, -d 4 shows all"
+    assert dry_run(settings, MESSAGE).only.changes == [*whole[:40], note]
+    settings = {"FilterCommand": "cat; printf '%0200d\\n' 0"}
+    changes = dry_run(settings, MESSAGE).only.changes
+    assert changes[-1] == f"+{'0' * 159} ... 41 columns left out"
+
+
+def test_many_recipients_are_cut(dry_run: StartDryRun) -> None:
+    addresses = [f"r{n}@example.com" for n in range(60)]
+    given = {"RECIPIENTS": "\n".join(addresses)}
+    settings = {"FilterCommand": "cat"}
+    whole = dry_run(settings, MESSAGE, env=given, level=4).only.environment
+    assert whole["RECIPIENTS"].split("\n") == addresses
+    output = dry_run(settings, MESSAGE, env=given).output
+    assert "    ... 26 lines left out, -d 4 shows all\n" in output
+
+
+UTF_8 = {"LANG": "C.UTF-8"}
+TEXT = "Gr\u00fc\u00dfe \u4f60\u597d \U0001f600"
+TRICKS = "\u202e\u2066\u200b\u0085\u2028\u00a0\x1b"
+
+
+@pytest.mark.parametrize(
+    ("locale", "is_text"),
+    [
+        (UTF_8, True),
+        ({"LANG": "C", "LC_CTYPE": "C.UTF-8"}, True),
+        ({"LANG": "C.UTF-8", "LC_ALL": "C"}, False),
+        ({"LANG": "C.UTF-8", "LC_CTYPE": "C"}, False),
+        ({"LANG": "C.UTF-8", "LC_ALL": ""}, True),
+        ({"LANG": "de_DE.ISO-8859-1"}, False),
+        ({"LANG": "xx_XX.UTF-8"}, True),
+        ({}, False),
+    ],
+    ids=str,
+)
+def test_utf_8_where_the_locale_has_it(
+    locale: Mapping[str, str], *, is_text: bool, workspace: Workspace
+) -> None:
+    """Characters that could deceive a reader or a terminal are never shown as such."""
+    message = f"To: {TEXT[:5]}@example.com\n\n{TEXT}\n{TRICKS}\n".encode()
+    message += b"\xff\xc3\n"
+    command = workspace.command(
+        {"FilterCommand": "cat >/dev/null; echo Gone"}, message, level=3
+    )
+    output = subprocess.run(
+        command,
+        check=True,
+        capture_output=True,
+        cwd=workspace.place,
+        env={"PATH": os.environ["PATH"], **locale},
+    ).stdout
+    shown = TEXT if is_text else printable(TEXT.encode())
+    assert f"    -{shown}\n".encode() in output
+    assert f"RECIPIENTS={shown.partition('e ')[0]}e@".encode() in output
+    tricks = "".join(rf"\x{octet:02x}" for octet in TRICKS.encode())
+    assert f"    -{tricks}\n".encode() in output
+    assert rb"-\xff\xc3" in output
+
+
+@pytest.mark.parametrize(
+    ("environment", "is_coloured"),
+    [({}, True), ({"NO_COLOR": ""}, True), ({"NO_COLOR": "1"}, False)],
+    ids=str,
+)
+def test_colours_on_a_terminal(
+    environment: Mapping[str, str], *, is_coloured: bool, workspace: Workspace
+) -> None:
+    """In a pipe there are none: see `is_plain`, which all of these tests look at."""
+    ours, terminal = os.openpty()
+    command = workspace.command(
+        {"FilterCommand": "sed s/Hello/Goodbye/"}, MESSAGE, level=3
+    )
+    inherited = {"PATH": os.environ["PATH"]}
+    subprocess.run(
+        command,
+        check=True,
+        stdout=terminal,
+        cwd=workspace.place,
+        env={**inherited, **environment},
+    )
+    os.close(terminal)
+    output = b""
+    with contextlib.suppress(OSError):  # EIO: nobody has the terminal open
+        while block := os.read(ours, 4096):
+            output += block
+    os.close(ours)
+    assert (b"\x1b[32m+Goodbye\x1b[m" in output) == is_coloured
+    assert (b"\x1b[31m-Hello\x1b[m" in output) == is_coloured
+    assert (b"\x1b[32mpassed" in output) == is_coloured
+    assert (b"\x1b" in output) == is_coloured
 
 
 @pytest.mark.parametrize(("kind", "name"), applicable(VERDICTS))
@@ -286,7 +503,9 @@ def test_failure(kind: str, name: str, dry_run: StartDryRun) -> None:
     assert (result.exit_status, result.counts) == (2, {"broken": 1})
     assert result.only.reply == "451 Local Error"
     assert result.only.status == "FILTER-ERROR"
-    assert re.match(f"proxsmtpd: {case.outcome}\n", result.errors), result.errors
+    assert re.match(f"proxsmtpd: message-1: {case.outcome}\n", result.errors), (
+        result.errors
+    )
 
 
 ENDS = {
@@ -369,9 +588,10 @@ def test_changes(name: str, dry_run: StartDryRun) -> None:
     """Lines as the server would get them, before the transparency procedure."""
     command, expected = CHANGES[name]
     result = dry_run({"FilterCommand": command}, MESSAGE, env={"LC_ALL": "C"})
-    files = ["--- message-1", "+++ message-1 filtered"] if expected else []
-    assert result.only.changes == files + expected
-    assert ("changes: none" in result.output) == (not expected)
+    assert result.only.changes == expected
+    counts = [[line[0] for line in expected].count(mark) for mark in "+-"]
+    lines = "+{} -{} lines".format(*counts) if expected else "unchanged"
+    assert result.only.summary.startswith(f"FILTERED, {lines}, ")
 
 
 def test_change_that_looks_like_none(dry_run: StartDryRun) -> None:
@@ -379,7 +599,7 @@ def test_change_that_looks_like_none(dry_run: StartDryRun) -> None:
     message = MESSAGE + b"caf\xe9\r\n"
     command = r"sed 's/\xe9/\\xe9/'"
     result = dry_run({"FilterCommand": command}, message, env={"LC_ALL": "C"})
-    assert "changes: none" not in result.output
+    assert result.only.summary.startswith("FILTERED, +1 -1 lines, ")
 
 
 # Settings beyond the filter's own; the exit status, what it counts as, the reply, the
@@ -471,7 +691,22 @@ def test_settings(name: str, dry_run: StartDryRun) -> None:
     assert bool(only.environment) == bool(only.filter) == ran
     expected = ["@@ -2,5 +2,6 @@", " From: A <a@example.com>", " To: b@example.net"]
     expected += [" Subject: test", "+X-Seen: by 192.0.2.1", " ", " Hello"]
-    assert only.changes[2:] == (expected if reply == "the server's" else [])
+    assert only.changes == (expected if reply == "the server's" else [])
+
+
+@pytest.mark.parametrize("settings", [{}, OBSERVE, PASS], ids=str)
+def test_message_that_cannot_be_stored(
+    settings: Mapping[str, object], workspace: Workspace
+) -> None:
+    """The daemon would answer 451, in whichever mode."""
+    large = MESSAGE + b"x" * 2_000_000
+    whole = {"FilterCommand": "cat", "TempDirectory": "/proc", **settings}
+    result = with_descriptors(workspace, workspace.command(whole, large, level=3), "")
+    assert (result.exit_status, result.counts) == (2, {"broken": 1})
+    assert result.only.reply == "451 Local Error"
+    assert result.only.status == "FILTER-ERROR"
+    text = "couldn't write to cache file: No such file or directory"
+    assert result.errors == f"proxsmtpd: message-1: {text}\n"
 
 
 # --- Several messages, and where they come from ---
@@ -502,7 +737,6 @@ def test_standard_input(dry_run: StartDryRun) -> None:
     result = dry_run(settings, "-", stdin=MESSAGE)
     assert (result.exit_status, result.counts) == (0, {"passed": 1})
     assert result.only.name == "-"
-    assert result.only.changes[:2] == ["--- -", "+++ - filtered"]
     assert result.only.changes[-2:] == ["-Hello", "+Goodbye"]
     assert result.only.environment["SENDER"] == "bounce@example.com"
 
@@ -559,7 +793,7 @@ def test_any_octets(kind: str, dry_run: StartDryRun, tmp_path: Path) -> None:
     if kind == "file":
         command = f'cp "$EMAIL" {saved}; echo More >>"$EMAIL"'
     settings = {"FilterType": kind}
-    result = dry_run({**settings, "FilterCommand": command}, message)
+    result = dry_run({**settings, "FilterCommand": command}, message, level=4)
     assert saved.read_bytes() == message
     assert result.only.changes[-1] == "+More"
     assert result.only.changes[-3] == f" {printable(octets)}"
@@ -581,7 +815,7 @@ def test_large_messages(dry_run: StartDryRun) -> None:
         {"FilterCommand": "sed s/Hello/Goodbye/", **HEADER}, MESSAGE + lines
     )
     assert result.counts == {"passed": 1}
-    assert [c for c in result.only.changes[2:] if c[0] in "+-"] == (
+    assert [c for c in result.only.changes if c[0] in "+-"] == (
         ["+X-Seen: by 192.0.2.1", "-Hello", "+Goodbye"]
     )
 
@@ -654,7 +888,9 @@ def test_envelope_of_the_header(header: bytes) -> None:
 def test_environment_of_examples_header_and_caller(dry_run: StartDryRun) -> None:
     """Each goes before those that stand before it."""
     settings = {"FilterCommand": "cat"}
-    bare = dry_run(settings, b"Subject: none\n\nHello\n").only.environment
+    only = dry_run(settings, b"Subject: none\n\nHello\n").only
+    assert only.examples == EXAMPLES.keys()
+    bare = only.environment
     temporary = {"TMPDIR": bare["TMPDIR"], "SERVER": "192.0.2.25"}
     assert bare == {**EXAMPLES, **temporary}
     told = {"SENDER": "bounce@example.com", "RECIPIENTS": "b@example.net"}
@@ -662,11 +898,33 @@ def test_environment_of_examples_header_and_caller(dry_run: StartDryRun) -> None
         {**EXAMPLES, **told, **temporary}
     )
     for name, value in GIVEN.items():
-        found = dry_run(settings, MESSAGE, env={name: value}).only.environment
-        assert found == {**EXAMPLES, **told, name: value, **temporary}
+        only = dry_run(settings, MESSAGE, env={name: value}).only
+        assert only.environment == {**EXAMPLES, **told, name: value, **temporary}
+        assert only.examples == EXAMPLES.keys() - told.keys() - {name}
     stale = {"TMPDIR": "/nowhere", "EMAIL": "/nowhere/mail", "SERVER": "192.0.2.99"}
     result = dry_run(settings, MESSAGE, env={**GIVEN, **stale})
     assert result.only.environment == {**GIVEN, **temporary}
+    assert result.only.examples == set()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_environment_that_is_the_same_is_shown_once(
+    kind: str, dry_run: StartDryRun
+) -> None:
+    settings = {"FilterCommand": "exec cat", "FilterType": kind}
+    for given, own in (
+        ({}, {"SENDER", "RECIPIENTS"}),
+        ({"SENDER": "<>"}, {"RECIPIENTS"}),
+        ({"SENDER": "<>", "RECIPIENTS": "x@y"}, set[str]()),
+    ):
+        messages = (MESSAGE, b"To: t@example.com\n\n", MESSAGE)
+        output = dry_run(settings, *messages, env=given).output
+        names = re.findall(r"^    ([A-Z_]+)=", output, re.M)
+        expected = own | ({"EMAIL"} if kind == "file" else set())
+        assert {name for name in names if names.count(name) == 3} == expected
+        assert {name for name in names if names.count(name) == 1} == (
+            {*EXAMPLES, "SERVER", "TMPDIR"} - expected
+        )
 
 
 def test_environment_shown_is_the_filters(dry_run: StartDryRun, tmp_path: Path) -> None:
@@ -743,12 +1001,12 @@ def all_cases(kind: str) -> dict[str, str]:
     return {f"case-{n}@example.com": c for n, c in enumerate(filter(None, commands))}
 
 
-def changes_between(name: str, before: bytes, after: bytes) -> list[str]:
+def changes_between(before: bytes, after: bytes) -> list[str]:
     old, new = (
         [printable(line) for line in message.split(b"\r\n")[:-1]]
         for message in (before, after)
     )
-    return list(difflib.unified_diff(old, new, name, f"{name} filtered", lineterm=""))
+    return list(difflib.unified_diff(old, new, lineterm=""))[2:]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -786,8 +1044,8 @@ def test_daemon_does_the_same(
         names.append(str(workspace.place / f"{name}.eml"))
         Path(names[-1]).write_bytes(message)
     dry_run = subprocess.run(
-        # At level 1 for the daemon's directory, which is not / with -d.
-        [*program_under_test(), "-d1", "-t", "-f", str(daemon.config), *names],
+        # With -d for the daemon's directory, which is not / then.
+        [*program_under_test(), "-d4", "-t", "-f", str(daemon.config), *names],
         check=False,
         capture_output=True,
         text=True,
@@ -810,7 +1068,7 @@ def test_daemon_does_the_same(
         if result.reply == "the server's":
             assert reply == QUEUED
             sent = unstuffed(server.messages[accepted].data)
-            assert result.changes == changes_between(result.name, message, sent)
+            assert result.changes == changes_between(message, sent)
         else:
             assert reply.decode() == result.reply + "\r\n"
             assert len(server.messages) == accepted
@@ -900,9 +1158,13 @@ def test_reader_that_has_seen_enough(start: Start, tmp_path: Path) -> None:
     go = tmp_path / "go"
     os.mkfifo(go)
     running = start(
-        {"FilterCommand": f"read x <{go}; cat"}, MESSAGE, MESSAGE, level=None
+        {"FilterCommand": f"grep Hello || {{ read x <{go}; echo x; }}"},
+        MESSAGE,
+        b"Second\n",
+        MESSAGE,
+        level=None,
     )
-    assert running.line() == b"== message-1\n"
+    assert running.line().startswith(b"passed   message-1: FILTERED, ")
     assert running.process.stdout
     running.process.stdout.close()
     go.write_text("go\n")
@@ -925,7 +1187,7 @@ def test_interrupt(kind: str, defence: str, start: Start, tmp_path: Path) -> Non
     running.process.send_signal(signal.SIGINT)
     output, errors = running.rest()
     assert running.process.returncode == 2
-    assert output == b"== message-1\n"
+    assert output == b""
     assert len(re.findall(rb"killing filter process \(pid \d+\)\n", errors)) == 1
     assert poll(lambda: running.left() == [])
 
@@ -947,8 +1209,8 @@ def test_second_interrupt(kind: str, start: Start, tmp_path: Path) -> None:
 
 
 def test_interrupt_while_it_reads(start: Start) -> None:
-    running = start({"FilterCommand": "cat"}, "-", level=None)
-    assert running.line() == b"== -\n"
+    running = start({"FilterCommand": "cat"}, MESSAGE, "-", level=None)
+    assert running.line().startswith(b"passed   message-1: ")
     running.process.send_signal(signal.SIGINT)
     assert running.rest() == (b"", b"")
     assert running.process.returncode == 2
@@ -989,7 +1251,8 @@ def with_descriptors(
 
 
 def test_no_standard_input(workspace: Workspace) -> None:
-    command = workspace.command({"FilterCommand": "sed s/Hello/Goodbye/"}, MESSAGE)
+    settings = {"FilterCommand": "sed s/Hello/Goodbye/"}
+    command = workspace.command(settings, MESSAGE, level=3)
     result = with_descriptors(workspace, command, "<&-")
     assert (result.exit_status, result.counts) == (0, {"passed": 1})
     assert result.only.changes[-2:] == ["-Hello", "+Goodbye"]
@@ -1073,7 +1336,9 @@ def test_levels(workspace: Workspace) -> None:
     command = workspace.command({"FilterCommand": "cat"}, MESSAGE, level=4)
     result = with_descriptors(workspace, command, "")
     assert result.counts == {"passed": 1}
-    assert re.search(r"^proxsmtpd: executed filter command: cat ", result.errors, re.M)
+    assert re.search(
+        r"^proxsmtpd: message-1: executed filter command: cat ", result.errors, re.M
+    )
 
 
 def test_dry_run_needs_no_server(dry_run: StartDryRun, server: ScriptedServer) -> None:
@@ -1087,7 +1352,8 @@ def test_dry_run_needs_no_server(dry_run: StartDryRun, server: ScriptedServer) -
 
 NO_XFORWARD = tuple(e for e in EXTENSIONS if not e.startswith(b"XFORWARD"))
 XCLIENT = (*EXTENSIONS, b"XCLIENT NAME ADDR")
-ALL = {"XClient": "on", "FilterCommand": "cat"}
+ASKING = ': "$REMOTE"; cat'  # a filter that uses what XFORWARD brings
+ALL = {"XClient": "on", "FilterCommand": ASKING}
 NO_SMTP = "does not talk SMTP: .*"
 
 
@@ -1106,7 +1372,10 @@ SERVERS = {
     "needs nothing": ServerCase({}, (), {}),
     "no XCLIENT": ServerCase({}, EXTENSIONS, ALL, ["does not offer XCLIENT"]),
     "no XFORWARD": ServerCase(
-        {}, NO_XFORWARD, {"FilterCommand": "cat"}, ["does not offer XFORWARD"]
+        {}, NO_XFORWARD, {"FilterCommand": ASKING}, ["does not offer XFORWARD"]
+    ),
+    "no XFORWARD, and no use for it": ServerCase(
+        {}, NO_XFORWARD, {"FilterCommand": "cat"}
     ),
     "neither": ServerCase(
         {}, (), ALL, ["does not offer XCLIENT", "does not offer XFORWARD"]
@@ -1189,7 +1458,10 @@ def test_server_at_a_unix_socket(
     make_server: MakeServer, dry_run: StartDryRun, tmp_path: Path
 ) -> None:
     server = make_server(host=str(tmp_path / "socket"), extensions=())
-    settings = {"OutAddress": server.address, "FilterCommand": "cat"}
+    script = tmp_path / "filter"
+    script.write_text('#!/bin/sh\nexec echo "$REMOTE"\n')
+    script.chmod(0o755)
+    settings = {"OutAddress": server.address, "FilterCommand": script}
     warnings = check(dry_run, settings)
     assert warnings == ["does not offer XFORWARD"]
 

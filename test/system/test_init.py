@@ -382,9 +382,9 @@ def test_other_scripts(manner: Manner, site: Site) -> None:
         """Return the number that is in status, in the pid file and in use."""
         status = init("status")
         assert status.returncode == 0
-        assert status.stdout.strip() == site.machine.output(f"cat {pid_file}").strip()
         (pid,) = site.processes()
-        assert status.stdout.strip() == str(pid)
+        assert site.machine.output(f"cat {pid_file}").strip() == str(pid)
+        assert str(pid) in status.stdout.split()  # with its workers, or alone
         assert site.serves("first")
         return pid
 

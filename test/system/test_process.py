@@ -298,7 +298,7 @@ def test_no_descriptor_to_watch_a_process(
     monkeypatch.setattr(os, "pidfd_open", none_left)
     monkeypatch.setattr(os, "pipe", none_left)
     with pytest.raises(OSError, match="Too many open files"):
-        process._watch()
+        process._watch_exit()
 
 
 # --- What else the system may say ---

@@ -32,6 +32,7 @@ from helpers import (
     MakeServer,
     StartDaemon,
     as_root,
+    children,
     fake_devices,
     mounted,
     open_files,
@@ -119,7 +120,7 @@ class Target(NamedTuple):
 
     def clear(self) -> None:
         """Take away what was planted."""
-        if self.path.is_dir() and not self.path.is_symlink():
+        if not self.path.is_symlink() and self.path.is_dir():
             self.path.rmdir()
         else:
             self.path.unlink()
@@ -372,12 +373,14 @@ def test_every_thread_and_the_filter(detach: Detach, place: Path) -> None:
     settings = {
         "User": user.pw_name,
         "FilterCommand": f"cat /proc/self/status > {saved}; cat",
+        "Processes": 2,
     }
     daemon = detach(settings, extra_groups=[0, 1, 4, 20])
     with RawClient(daemon.address) as idle, RawClient(daemon.address) as client:
         idle.reply()
         assert client.message(MESSAGE) == QUEUED
-        tasks = list(Path(f"/proc/{daemon.pid}/task").iterdir())
+        pids = [daemon.pid, *children(daemon.pid)]
+        tasks = [t for pid in pids for t in Path(f"/proc/{pid}/task").iterdir()]
         threads = [identity((task / "status").read_text()) for task in tasks]
         client.quit()
     groups = sorted(os.getgrouplist(user.pw_name, user.pw_gid))
@@ -387,7 +390,7 @@ def test_every_thread_and_the_filter(detach: Detach, place: Path) -> None:
         "Groups": [str(group) for group in groups],
         **{name: ["0" * 16] for name in ("CapPrm", "CapEff", "CapAmb")},
     }
-    assert len(threads) >= 2
+    assert len(threads) >= 4
     assert threads == [expected] * len(threads)
     assert identity(saved.read_text()) == expected
     saved.unlink()

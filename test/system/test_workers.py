@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import re
 import signal
@@ -24,6 +25,7 @@ from helpers import (
     MakeFilter,
     MakeServer,
     StartDaemon,
+    children,
     is_listening,
     poll,
     port_of,
@@ -36,14 +38,6 @@ from smtp import Delay, RawClient, ScriptedServer
 PROCESSORS = os.sched_getaffinity(0) if sys.platform == "linux" else {0}
 ACTIVATE = "/usr/bin/systemd-socket-activate"
 TRANSACTION = b"EHLO c.example\r\nMAIL FROM:<a@b.example>\r\nRCPT TO:<c@d.example>\r\n"
-
-
-def children(pid: int) -> list[int]:
-    """The processes that a process has started, in the order of their start."""
-    with contextlib.suppress(FileNotFoundError):
-        text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-        return [int(word) for word in text.split()]
-    return []
 
 
 def workers(daemon: Daemon, count: int) -> list[int]:
@@ -100,6 +94,17 @@ def client_of(daemon: Daemon, pid: int) -> RawClient:
             return client
         client.close()
     raise AssertionError(f"{pid} accepts nothing")
+
+
+def sender_of_a_message(daemon: Daemon) -> RawClient:
+    """A client that has sent a whole message and waits for the reply."""
+    client = daemon.connect()
+    client.start()
+    client.send(TRANSACTION + b"DATA\r\n")
+    for code in (b"250", b"250", b"250", b"354"):
+        assert client.reply()[:3] == code
+    client.send(MESSAGE + b".\r\n")
+    return client
 
 
 # --- How many processes, and what they are ---
@@ -196,6 +201,61 @@ def test_killed_worker_is_replaced(proxsmtpd: StartDaemon) -> None:
     kept.expect(b"NOOP", b"250")
 
 
+KILLS = 12
+CLIENTS = 6
+
+
+def test_kills_under_load(proxsmtpd: StartDaemon, server: ScriptedServer) -> None:
+    """Nothing acknowledged is lost, no more is doubled than went unanswered.
+
+    Afterwards all of MaxConnections is free again.
+    """
+    daemon = proxsmtpd({"Processes": 3, "FilterCommand": "cat", "MaxConnections": 20})
+    workers(daemon, 3)
+    ended = threading.Event()
+    acknowledged: set[bytes] = set()
+    unanswered: set[bytes] = set()
+
+    def send_mail(number: int) -> None:
+        for count in itertools.count():
+            if ended.is_set():
+                return
+            key = b"%d-%d" % (number, count)
+            try:
+                with RawClient(daemon.address) as client:
+                    assert client.message(key + b"\r\n") == QUEUED
+                    acknowledged.add(key)
+            except (AssertionError, OSError):
+                unanswered.add(key)
+
+    threads = [threading.Thread(target=send_mail, args=[n]) for n in range(CLIENTS)]
+    for thread in threads:
+        thread.start()
+    try:
+        for number in range(KILLS):
+            enough = len(acknowledged) + 10
+            assert poll(functools.partial(has_grown, acknowledged, enough))
+            pids = children(daemon.process.pid)
+            os.kill(pids[number % len(pids)], signal.SIGKILL)
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
+    stored = [message.data.rstrip() for message in server.messages]
+    assert acknowledged <= set(stored) <= acknowledged | unanswered
+    assert len(stored) == len(set(stored))
+    assert len(unanswered) <= KILLS * CLIENTS
+    workers(daemon, 3)
+    clients = [daemon.connect() for _ in range(20)]
+    for client in clients:
+        client.start()
+    assert daemon.connect().reply()[:3] == b"421"
+
+
+def has_grown(things: set[bytes], size: int) -> bool:
+    return len(things) >= size
+
+
 def test_workers_that_die_at_once_do_not_spin(proxsmtpd: StartDaemon) -> None:
     daemon = proxsmtpd({"Processes": 2})
     ended = threading.Event()
@@ -249,12 +309,7 @@ def test_workers_without_a_supervisor_end_in_good_order(
     pids = workers(daemon, 2)
     idle = daemon.connect()
     idle.start()
-    client = daemon.connect()
-    client.start()
-    client.send(TRANSACTION + b"DATA\r\n")
-    for code in (b"250", b"250", b"250", b"354"):
-        assert client.reply()[:3] == code
-    client.send(MESSAGE + b".\r\n")
+    client = sender_of_a_message(daemon)
     server.wait_line(b"DATA")
     daemon.process.kill()
     daemon.wait()
@@ -270,12 +325,7 @@ def test_signal_for_all_processes_at_once(
     """As systemd sends it: no worker takes it for a second one."""
     daemon = proxsmtpd({"Processes": 2, "FilterCommand": f"sleep {signals}; cat"})
     pids = [daemon.process.pid, *workers(daemon, 2)]
-    client = daemon.connect()
-    client.start()
-    client.send(TRANSACTION + b"DATA\r\n")
-    for code in (b"250", b"250", b"250", b"354"):
-        assert client.reply()[:3] == code
-    client.send(MESSAGE + b".\r\n")
+    client = sender_of_a_message(daemon)
     daemon.wait_log(": executed filter command")
     begun = time.monotonic()
     for pid in pids:

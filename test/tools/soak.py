@@ -283,7 +283,7 @@ def start(kind: str, directory: Path, port: int, server_port: int) -> Daemon:
     config.write_text(
         f"Listen: 127.0.0.1:{port}\nOutAddress: 127.0.0.1:{server_port}\n"
         f"TempDirectory: {directory}\nMaxConnections: {MOST}\n"
-        f"TimeOut: {TIMEOUT}\nFilterTimeout: {TIMEOUT}\n"
+        f"TimeOut: {TIMEOUT}\nFilterTimeout: {TIMEOUT}\nProcesses: 1\n"
         + KINDS[kind].format(filter=script)
     )
     given = os.environ.get("PROXSMTPD")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import proxsmtpd as program
-from proxsmtpd import Envelope, FilterFailure, LastLine, Reply
+from proxsmtpd import Envelope, Excerpt, FilterFailure, LastLine, Reply
 
 VARIABLE = 131_072  # MAX_ARG_STRLEN of Linux: a variable, its name and a NUL
 REPLY_LINE = 512  # RFC 5321 4.5.3.1.5
@@ -393,6 +393,39 @@ def test_memory_for_the_last_line_is_bounded() -> None:
         tracemalloc.stop()
     assert peak < 4 * len(block)
     assert last_line.text == block[: len(last_line.text)]
+
+
+def excerpt_of(octets: bytes, size: int) -> list[bytes]:
+    """Return the excerpt of octets that come in pieces of a size."""
+    excerpt = Excerpt()
+    for start in range(0, len(octets), size):
+        excerpt.feed(octets[start : start + size])
+    return excerpt.lines
+
+
+@pytest.mark.parametrize(
+    ("octets", "lines"),
+    [
+        (b"", []),
+        (b"one\n\ntwo", [b"one", b"", b"two"]),
+        (b"one\r\ntwo\rthree\n", [b"one", b"two", b"three"]),
+        (b"x" * 2 * 8192, [b"x" * 2 * 8192]),
+        (
+            b"a" * 8192 + b"b" + b"c" * 8192,
+            [b"a" * 8192, b"... 1 octets left out", b"c" * 8192],
+        ),
+        (
+            b"first\n" + b"x" * 20_000 + b"\nlast\n",
+            [
+                *[b"first", b"x" * (8192 - 6), b"... 3628 octets left out"],
+                *[b"x" * (8192 - 6), b"last"],
+            ],
+        ),
+    ],
+    ids=["empty", "short", "line ends", "just whole", "one too many", "long"],
+)
+def test_excerpt(octets: bytes, lines: list[bytes]) -> None:
+    assert [excerpt_of(octets, size) for size in SIZES] == [lines] * len(SIZES)
 
 
 # --- The verdict -------------------------------------------------------------

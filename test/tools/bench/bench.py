@@ -37,6 +37,7 @@ from contenders import (
 )
 from interrupts import INTERRUPTS
 from measure import measure
+from picture import draw
 from report import Report, render
 
 PROBES = ("start", "idle", "slow")
@@ -131,7 +132,9 @@ def run(options: argparse.Namespace) -> None:
         run_probes(report, site, names)
         run_cases(report, site, bulk_site)
     options.output.write_text(render(report))
-    tell(f"the results are in {options.output}")
+    picture = options.output.with_suffix(".svg")
+    picture.write_text(draw(report))
+    tell(f"the results are in {options.output} and {picture}")
 
 
 def main(arguments: Sequence[str]) -> int:

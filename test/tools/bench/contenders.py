@@ -148,7 +148,10 @@ class Daemon:
         self._threads_at_rest = self.threads()
         while self._threads_at_rest > 1 and time.monotonic() < deadline:
             time.sleep(0.01)
-            self._threads_at_rest = min(self._threads_at_rest, self.threads())
+            if len(self.processes()) > 1:  # its workers may only be starting
+                self._threads_at_rest = self.threads()
+            else:
+                self._threads_at_rest = min(self._threads_at_rest, self.threads())
 
     def settle(self) -> None:
         """Wait until clients that were killed are forgotten, or not much longer."""
@@ -156,28 +159,43 @@ class Daemon:
         while self.threads() > self._threads_at_rest and time.monotonic() < deadline:
             time.sleep(0.005)
 
+    def processes(self) -> list[int]:
+        """Return its process and those that have its name: its workers."""
+        pid = self.process.pid
+        found = [pid]
+        with contextlib.suppress(OSError):
+            name = Path(f"/proc/{pid}/comm").read_text()
+            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            same = [n for n in children if Path(f"/proc/{n}/comm").read_text() == name]
+            found += map(int, same)
+        return found
+
     def threads(self) -> int:
-        """The number of its threads; 0 when it has ended."""
+        """Return the number of its threads; 0 when it has ended."""
         try:
-            return len(os.listdir(f"/proc/{self.process.pid}/task"))
+            return sum(len(os.listdir(f"/proc/{pid}/task")) for pid in self.processes())
         except OSError:
             return 0
 
     def memory(self) -> float:
-        """Its proportional set size in KiB."""
-        rollup = Path(f"/proc/{self.process.pid}/smaps_rollup").read_text()
-        return float(re.findall(r"^Pss:\s*(\d+) kB$", rollup, re.M)[0])
+        """Return its proportional set size in KiB."""
+        total = 0.0
+        for pid in self.processes():
+            rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+            total += float(re.findall(r"^Pss:\s*(\d+) kB$", rollup, re.M)[0])
+        return total
 
     def cpu(self) -> Cpu:
-        """The processor time that it has taken until now, or until its end."""
-        pid = self.process.pid
+        """Return the processor time that it has taken until now, or until its end."""
         with contextlib.suppress(OSError):
-            # What clock_getcpuclockid(3) makes of a process id on Linux: stat has the
-            # same time, but only in hundredths of a second.
-            own = time.clock_gettime(~pid << 3 | 2)
-            stat = Path(f"/proc/{pid}/stat").read_text()
-            cutime_and_cstime = stat.rpartition(")")[2].split()[13:15]
-            self._cpu = Cpu(own, sum(map(int, cutime_and_cstime)) / TICKS)
+            own, children = 0.0, 0
+            for pid in self.processes():
+                # What clock_getcpuclockid(3) makes of a process id on Linux: stat has
+                # the same time, but only in hundredths of a second.
+                own += time.clock_gettime(~pid << 3 | 2)
+                stat = Path(f"/proc/{pid}/stat").read_text()
+                children += sum(map(int, stat.rpartition(")")[2].split()[13:15]))
+            self._cpu = Cpu(own, children / TICKS)
         return self._cpu
 
 
