@@ -5,7 +5,9 @@
 #   make soak                                    run it for minutes (MINUTES=3)
 #   make bench                                   measure it (needs proxsmtp, postfix)
 #   make install                                 into /usr/local
+#   make unit                                    the systemd unit as well
 #   make install PREFIX=/usr SYSCONFDIR=/etc     where Debian's package has it
+#   make uninstall                               except the configuration
 #
 # It needs Python 3.9 or later as $(PYTHON), and no more than a POSIX make.
 .POSIX:
@@ -15,11 +17,14 @@ PREFIX = /usr/local
 SBINDIR = $(PREFIX)/sbin
 SYSCONFDIR = $(PREFIX)/etc
 MANDIR = $(PREFIX)/share/man
+UNITDIR = $(PREFIX)/lib/systemd/system
 DESTDIR =
 PYTEST_ARGS =
 JOBS = --numprocesses 8
 BENCH_ARGS =
 MINUTES = 3
+# This is there while systemd runs the machine.
+SYSTEMD = /run/systemd/system
 
 MANUALS = proxsmtpd.8 proxsmtpd.conf.5
 VENV = .venv
@@ -33,8 +38,10 @@ PROGRAM_PATH = $(DESTDIR)$(SBINDIR)/proxsmtpd
 CONFIG_PATH = $(DESTDIR)$(SYSCONFDIR)/proxsmtpd.conf
 MAN8_PATH = $(DESTDIR)$(MANDIR)/man8/proxsmtpd.8
 MAN5_PATH = $(DESTDIR)$(MANDIR)/man5/proxsmtpd.conf.5
+UNIT_PATH = $(DESTDIR)$(UNITDIR)/proxsmtpd.service
 # The recipes have these in single quotes.  Each make exports what its command line sets.
-REFUSE_QUOTES = for name in DESTDIR PREFIX SBINDIR SYSCONFDIR MANDIR PYTHON JOBS; do \
+REFUSE_QUOTES = for name in DESTDIR PREFIX SBINDIR SYSCONFDIR MANDIR UNITDIR PYTHON \
+	JOBS; do \
 	eval "value=\$$$$name"; \
 	case $$value in *\'*) \
 	    echo "$$name must not contain a single quote: $$value" >&2; exit 1 ;; \
@@ -52,6 +59,10 @@ RUN_NEW = '$(PYTHON)' -c 'import os, sys; sys.tracebacklimit = 0; \
 	os.execv(sys.argv[1], sys.argv[1:])' "$$2.new" -v </dev/null | \
 	grep -F '(config: $(SYSCONFDIR)/proxsmtpd.conf)' >/dev/null
 SET_PATHS = -e 's|/usr/local/etc|$(SYSCONFDIR)|g' -e 's|/usr/local/sbin|$(SBINDIR)|g'
+# The display of proxsmtpd(8) that is a whole unit of Type=notify.
+PRINT_UNIT = awk '/^\.Bd/ { text = ""; next } { text = text $$0 "\n" } \
+	/^\.Ed/ && text ~ /^\[Unit\]/ && text ~ /Type=notify/ { \
+	    sub(/\.Ed\n$$/, "", text); printf "%s", text }' proxsmtpd.8
 
 all:
 	@echo 'Nothing needs to be built. Try: make demo, make check, make install'
@@ -100,7 +111,9 @@ $(VENV)/bin/ruff: $(VENV)/bin/python
 # would be called python3, and pgrep -x and killproc would miss it. -IS keeps the
 # environment's PYTHON variables and site-packages out of a mail daemon.  Each file is
 # written beside its place, and the program run, before it is moved there.  man(1)
-# prefers compressed pages, which the original's would be.
+# prefers compressed pages, which the original's would be.  Below /usr the program takes
+# the place of Debian's, whose unit and init script read /etc/proxsmtp/*.conf: nobody
+# would read the first configuration.
 install:
 	@$(REFUSE_QUOTES)
 	@$(CHECK_PYTHON)
@@ -124,13 +137,31 @@ install:
 	put proxsmtpd.conf.5 '$(MAN5_PATH)' '' 644; \
 	rm -f '$(MAN8_PATH).gz' '$(MAN5_PATH).gz'; \
 	put proxsmtpd.conf.sample '$(CONFIG_PATH).sample' '' 644; \
-	test -e '$(CONFIG_PATH)' || test -h '$(CONFIG_PATH)' || \
+	test '$(PREFIX)' = /usr || test -e '$(CONFIG_PATH)' || test -h '$(CONFIG_PATH)' || \
 	    put proxsmtpd.conf.sample '$(CONFIG_PATH)' '' 644
+	@if test -d '$(SYSTEMD)'; \
+	then start='make unit && systemctl enable --now proxsmtpd'; \
+	else start='$(SBINDIR)/proxsmtpd, or the init script in proxsmtpd(8)'; fi; \
+	if test '$(PREFIX)' = /usr; \
+	then config='/etc/proxsmtp/*.conf (-f FILE)'; \
+	    start='service proxsmtp restart'; \
+	else config='$(SYSCONFDIR)/proxsmtpd.conf'; fi; \
+	echo '1. Add the user _proxsmtp and /var/spool/proxsmtpd: see README, INSTALL IT'; \
+	echo "2. Edit $$config, and check it: proxsmtpd -t"; \
+	echo "3. Start it: $$start"
+
+unit:
+	@$(REFUSE_QUOTES)
+	@test -d '$(DESTDIR)$(UNITDIR)' || install -d -m 755 '$(DESTDIR)$(UNITDIR)'
+	@$(PRINT_UNIT) | sed $(SET_PATHS) >'$(UNIT_PATH)'
+	@chmod 644 '$(UNIT_PATH)'
+	@echo 'installed $(UNIT_PATH)'
 
 # The configuration stays: it is the administrator's.
 uninstall:
 	@$(REFUSE_QUOTES)
-	rm -f '$(PROGRAM_PATH)' '$(MAN8_PATH)' '$(MAN5_PATH)' '$(CONFIG_PATH).sample'
+	rm -f '$(PROGRAM_PATH)' '$(MAN8_PATH)' '$(MAN5_PATH)' '$(CONFIG_PATH).sample' \
+	    '$(UNIT_PATH)'
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache proxsmtpd-*.tar.gz

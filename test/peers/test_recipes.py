@@ -613,7 +613,7 @@ def test_postfix_has_a_message_for_each_recipient(
     """So that the filter can refuse one of them, and pass the others."""
     require_root()
     (limit,) = re.findall(
-        r"^\.Dl (proxsmtpd_destination_recipient_limit) = (.*)",
+        r"^\.Dl postconf -e '(proxsmtpd_destination_recipient_limit) = (.*)'",
         read("proxsmtpd.8"),
         re.M,
     )

@@ -33,10 +33,11 @@ listen smtp
     timeout client 20m
     timeout server 20m
     timeout check 30s
-    default-server check inter 10s fall 2 rise 2 maxconn 60
+    default-server check inter 60s fastinter 5s downinter 5s fall 2 rise 2
+    default-server observe layer4 error-limit 1 on-error fastinter maxconn 60
 """
-# Those of a test cannot wait for ten seconds.
-CHECKS = ("inter 10s", "inter 100ms")
+# Those of a test cannot wait for a minute.
+CHECKS = ("inter 60s fastinter 5s downinter 5s", "inter 100ms")
 
 GLOBAL = """\
 global

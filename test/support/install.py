@@ -21,12 +21,15 @@ def make(
     python: str = sys.executable,
     where: Sequence[str] = WHERE_DEBIAN_HAS_IT,
     path: Path | None = None,
-) -> None:
-    """Run make for a target; `path` has programs to be found before the system's."""
+) -> str:
+    """Run make for a target and return its output.
+
+    `path` has programs to be found before the system's.
+    """
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
     if path is not None:
         environment["PATH"] = f"{path}:{environment['PATH']}"
-    subprocess.run(
+    done = subprocess.run(
         [
             "make",
             target,
@@ -40,3 +43,4 @@ def make(
         check=True,
         capture_output=True,
     )
+    return done.stdout.decode()

@@ -16,8 +16,8 @@ import socket
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,16 +26,20 @@ import pytest
 import proxsmtpd as program
 from haproxy import HAPROXY, LISTEN
 from helpers import (
+    PEER_PATIENCE,
     ROOT,
     MakeFilter,
     StartDaemon,
+    as_root,
+    is_listening,
+    poll,
     port_of,
     program_under_test,
     requires,
     reserve_port,
 )
 from manual import items, read, rendered, section, unescaped
-from postfix import POSTFIX, PrivatePostfix, Service, require_root, smtpd
+from postfix import POSTFIX, PrivatePostfix, require_root, smtpd
 from smtp import ScriptedServer
 
 DOCUMENTS = ("proxsmtpd.8", "proxsmtpd.conf.5", "README", "proxsmtpd.conf.sample")
@@ -135,7 +139,7 @@ def test_documents_have_the_examples_that_these_tests_are_about() -> None:
     assert {name: len(configurations(name)) for name in DOCUMENTS} == {
         "proxsmtpd.8": 6,
         "proxsmtpd.conf.5": 5,
-        "README": 1,
+        "README": 2,
         "proxsmtpd.conf.sample": 1,
     }
 
@@ -275,9 +279,127 @@ def test_dropping_filter_of_the_manual_without_its_list(tmp_path: Path) -> None:
 def test_first_filter_of_the_readme(
     sender: str, verdict: tuple[int, bytes, bytes], tmp_path: Path
 ) -> None:
-    script = script_with("README", "#!/bin/sh")
-    assert len(script.splitlines()) <= 5
-    assert run_script(script, tmp_path, SENDER=sender) == verdict
+    """The commands make it, at any indentation and more than once."""
+    block = script_of_readme("printf '%s")
+    commands = block.replace("/usr/local/libexec", str(tmp_path / "libexec"))
+    for text in (textwrap.indent(commands, "    "), commands):
+        subprocess.run(["sh", "-e", "-c", text], check=True)
+    script = tmp_path / "libexec/filter"
+    assert script.stat().st_mode & 0o777 == 0o755
+    assert len(script.read_text().splitlines()) <= 6
+    assert run_script(script.read_text(), tmp_path, SENDER=sender) == verdict
+
+
+def script_of_readme(words: str) -> str:
+    """Return the one block of commands in README that has these words."""
+    (block,) = (block for block in literal_blocks("README") if words in block)
+    return block
+
+
+@requires("passwd", "/usr/sbin/useradd")
+@requires("util-linux", "/usr/bin/unshare")
+def test_user_and_directory_of_the_readme(tmp_path: Path) -> None:
+    """Made on a machine that has neither; nothing changes the second time."""
+    require_root()
+    commands = script_of_readme("useradd").replace("_proxsmtp", "_newproxsmtp")
+    spool = "/var/spool"
+    script = f"""
+cp -a /etc "{tmp_path}/etc"
+mount --bind "{tmp_path}/etc" /etc
+mount -t tmpfs none {spool}
+{commands}
+{commands}
+getent passwd _newproxsmtp
+stat -c '%U:%G %a' {spool}/proxsmtpd
+"""
+    result = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    *_, entry, directory = result.stdout.splitlines()
+    name, *_, home, shell = entry.split(":")
+    assert (name, home, shell) == ("_newproxsmtp", "/nonexistent", "/usr/sbin/nologin")
+    assert directory == "_newproxsmtp:_newproxsmtp 700"
+
+
+@requires("dpkg", "/usr/bin/dpkg-divert")
+def test_diversions_of_the_readme_and_their_undo(tmp_path: Path) -> None:
+    """Debian's program and manuals come back."""
+    names = ["sbin/proxsmtpd", "share/man/man8/proxsmtpd.8.gz"]
+    names.append("share/man/man5/proxsmtpd.conf.5.gz")
+    for name in names:
+        path = tmp_path / "usr" / name
+        path.parent.mkdir(parents=True)
+        path.write_text(f"Debian's {name}")
+    (tmp_path / "var/lib/dpkg").mkdir(parents=True)
+    (tmp_path / "var/lib/dpkg/status").touch()
+    elsewhere = f"""
+dpkg-divert() {{ command dpkg-divert --root "{tmp_path}" "$@"; }}
+make() {{ command make DESTDIR="{tmp_path}" PYTHON="{sys.executable}" "$@"; }}
+"""
+
+    def do(words: str) -> None:
+        commands = ["bash", "-e", "-c", elsewhere + script_of_readme(words)]
+        subprocess.run(commands, cwd=ROOT, check=True, capture_output=True)
+
+    do('--divert "$file.orig"')
+    program_file = tmp_path / "usr" / names[0]
+    assert program_file.read_text().startswith("#!")
+    for name in names:
+        assert (tmp_path / f"usr/{name}.orig").read_text() == f"Debian's {name}"
+    do('--remove "$file"')
+    for name in names:
+        assert (tmp_path / "usr" / name).read_text() == f"Debian's {name}"
+        assert not (tmp_path / f"usr/{name}.orig").exists()
+
+
+def test_manual_makes_user_and_directory_as_the_readme_does() -> None:
+    (block,) = (b for b in literal_blocks("proxsmtpd.8") if "useradd" in b)
+    assert block.startswith(script_of_readme("useradd"))
+
+
+@as_root
+@requires("nftables", "/usr/sbin/nft")
+def test_rate_limit_of_the_manual_is_taken_by_nft(tmp_path: Path) -> None:
+    (rules,) = (b for b in literal_blocks("proxsmtpd.8") if "limit rate" in b)
+    file = tmp_path / "rules"
+    file.write_text(rules)
+    subprocess.run(["unshare", "--net", "nft", "-f", file], check=True)
+
+
+def test_message_that_the_readme_sends(server: ScriptedServer) -> None:
+    """Pasted with its blanks."""
+    text = readme_part("FIRST FILTER")
+    (command,) = re.findall(r"^ +python3 -c '.*\n.*'$", text, re.M)
+    port = server.address.rpartition(":")[2]
+    subprocess.run(["sh", "-c", command.replace("10025", port)], check=True)
+    assert server.wait_message(1).data.startswith(b"Subject: Hello\r\n\r\nHello")
+
+
+def test_speed_in_the_readme_is_the_measured_one() -> None:
+    """The numbers of RESULTS, in the order C, cured C, ours."""
+    results = read("test/tools/bench/RESULTS")
+    without, _, with_cat = results.partition("\ncat, a pipe  ")
+    without = without.partition("\nMessages a second\n")[2]
+    rows = re.findall(
+        r"^    (no filter|filter cat), (\d+ \w+) .*?([\d.,]+) +([\d.,]+) +([\d.,]+)$",
+        readme_part("HOW FAST"),
+        re.M,
+    )
+    assert len(rows) == 6
+    for kind, load, original, cured, ours in rows:
+        table = without if kind == "no filter" else with_cat
+        found = re.search(rf"^{load} .*?([\d.,]+) +([\d.,]+) +([\d.,]+)", table, re.M)
+        assert found
+        assert found.groups() == (ours, original, cured)
+
+
+def test_readme_has_ten_differences() -> None:
+    part = readme_part("COMING FROM PROXSMTP 1.10")
+    numbers = re.findall(r"^ ?(\d+)\. ", part, re.M)
+    assert numbers == [str(n) for n in range(1, 11)]
 
 
 # --- Postfix ---
@@ -293,53 +415,77 @@ exec cat
 """
 
 
+# Each command works on the Postfix of a test.  Postfix waits until a file that was
+# changed just now has been at rest.
+ON_OURS = r"""
+postconf() { command postconf -c "$ETC" "$@" || exit 1; }
+postsuper() { command postsuper -c "$ETC" "$@" || exit 1; }
+postfix() { touch -d @0 "$ETC"/*.cf; command postfix -c "$ETC" "$@" || exit 1; }
+"""
+
+
 @dataclass(frozen=True)
-class Quoted(Service):
-    """A service of master.cf as it stands in a document."""
+class PostfixExample:
+    """A set-up with Postfix: a configuration, and commands to make and undo it."""
 
-    text: str = ""
+    settings: str
+    commands: str
+    undo: str
 
-    def entry(self) -> str:
-        return self.text
+    @classmethod
+    def of(cls, title: str, ports: Sequence[int] = ()) -> PostfixExample:
+        """Return the manual's; `ports` are those of a test in place of 25 and PORTS."""
+        source = section("proxsmtpd.8", title)
+        blocks = re.findall(r"^\.Bd -literal.*?\n(.*?)^\.Ed", source, re.M | re.S)
+        settings, commands, undo = map(unescaped, blocks)
+        return cls(settings, commands, undo).on(ports)
+
+    def on(self, ports: Sequence[int]) -> PostfixExample:
+        """Return the same with other ports."""
+        places = [f"127.0.0.1:{port}" for port in ports]
+        names = ["smtp/inet", *(f"127.0.0.1:{port}" for port in PORTS)]
+        changes = dict(
+            zip(names, [f"{place}/inet" for place in places[:1]] + places[1:])
+        )
+        for port, of_test in zip(PORTS, ports[1:]):
+            changes[f"[127.0.0.1]:{port}"] = f"[127.0.0.1]:{of_test}"
+        texts = [self.settings, self.commands, self.undo]
+        for old, new in changes.items():
+            texts = [text.replace(old, new) for text in texts]
+        return PostfixExample(*texts)
 
 
-def quoted_services(text: str) -> list[Service]:
-    """Return the services in a piece of master.cf."""
-    entries = re.findall(r"^\S.*\n(?:[ \t]+.*\n)*", text, re.M)
-    return [Quoted(e.split()[0], e.split()[1], "", text=e) for e in entries]
-
-
-def postfix_example(title: str, ports: Mapping[str, str]) -> dict[str, str]:
-    """Return the parts of a Postfix example, with the ports of a test in them.
-
-    They are the configuration of proxsmtpd, main.cf (maybe empty) and master.cf.
-    """
-    blocks = re.findall(
-        r"^\.Bd -literal.*?\n(.*?)^\.Ed", section("proxsmtpd.8", title), re.M | re.S
+def paste(commands: str, postfix: PrivatePostfix) -> None:
+    """Have a shell execute commands for a Postfix."""
+    subprocess.run(
+        ["sh", "-c", f"{ON_OURS}\n{commands}"],
+        env={**os.environ, "ETC": f"{postfix.directory}/etc"},
+        check=True,
+        capture_output=True,
     )
-    for port, of_test in ports.items():
-        blocks = [block.replace(port, of_test) for block in blocks]
-    return {"proxsmtpd": blocks[0], "main": "".join(blocks[1:-1]), "master": blocks[-1]}
 
 
-@contextmanager
-def postfix_of(example: Mapping[str, str], entrance: int) -> Iterator[PrivatePostfix]:
-    """Return a Postfix set up as the example says, with its port 25 elsewhere."""
-    master = re.sub(r"^smtp ", f"127.0.0.1:{entrance} ", example["master"], flags=re.M)
-    services = quoted_services(master)
-    if master == example["master"]:
-        services.append(smtpd(entrance))
-    main = dict(re.findall(r"^(\S+) = (.*)$", example["main"], re.M))
-    with PrivatePostfix(services, main) as postfix:
-        yield postfix
+def configuration_of(postfix: PrivatePostfix) -> list[bytes]:
+    """Return what a Postfix's main.cf and master.cf say."""
+    command = ["postconf", "-c", f"{postfix.directory}/etc"]
+    return [
+        subprocess.run([*command, option], check=True, capture_output=True).stdout
+        for option in ("-n", "-M")
+    ]
+
+
+def readme_part(title: str) -> str:
+    """Return a section of README."""
+    return read("README").partition(f"\n\n{title}\n\n")[2].partition("\n\n\n")[0]
 
 
 def test_readme_sets_postfix_up_as_the_manual_does() -> None:
-    part = read("README").partition("WITH POSTFIX")[2].partition("\n\n\n")[0]
-    lines = [line.strip() for line in part.splitlines() if line.startswith("    ")]
-    manual = section("proxsmtpd.8", POSTFIX_EXAMPLES[0]).splitlines()
-    assert len(lines) > 10
-    assert set(lines) <= {line.strip() for line in manual}
+    """Before the queue: its filter refuses mail, which must not become bounces."""
+    part = readme_part("WITH POSTFIX")
+    setup, undo = re.findall(r"(?:^ {4}.*\n?)+", part, re.M)
+    manual = PostfixExample.of("Postfix, before the queue")
+    assert textwrap.dedent(setup).strip() == manual.commands.strip()
+    assert textwrap.dedent(undo).strip() == manual.undo.strip()
 
 
 @requires("postfix", POSTFIX)
@@ -360,20 +506,37 @@ def check_postfix_example(
     proxsmtpd: StartDaemon,
     filter_script: MakeFilter,
 ) -> None:
-    """Send one message that the filter passes, and one that it refuses."""
-    entrance = free_ports[0]
-    example = postfix_example(title, dict(zip(PORTS, map(str, free_ports[1:]))))
-    settings = example["proxsmtpd"].replace(
+    """Send a message that the filter passes, one that it refuses, and one without it.
+
+    The commands are pasted twice, at different indentations.
+    """
+    entrance, _, reentry = free_ports
+    example = PostfixExample.of(title, free_ports)
+    settings = example.settings.replace(
         "/usr/local/libexec/filter", filter_script(MARKING)
     )
-    proxsmtpd(settings)
-    with postfix_of(example, entrance) as postfix:
+    proxsmtpd(re.sub("^(User|TempDirectory): .*\n", "", settings, flags=re.M))
+    with PrivatePostfix([smtpd(entrance)]) as postfix:
+        before = configuration_of(postfix)
+        paste(textwrap.indent(example.commands, "    "), postfix)
+        once = configuration_of(postfix)
+        paste(example.commands, postfix)
+        assert configuration_of(postfix) == once
+        assert poll(lambda: is_listening(f"127.0.0.1:{reentry}"), PEER_PATIENCE)
         with smtplib.SMTP("127.0.0.1", entrance, "client.example") as client:
             client.sendmail("a@example.com", ["b@example.net"], MESSAGE)
         (mail,) = postfix.wait_mails(1)
         assert mail.header("X-Filter-Remote") == "127.0.0.1 client.example"
         assert mail.body == b"Subject: not a header\n"
         assert_refused(title, postfix, entrance)
+        postfix.clear()
+        paste(example.undo, postfix)
+        assert configuration_of(postfix) == before
+        assert poll(lambda: not is_listening(f"127.0.0.1:{reentry}"), PEER_PATIENCE)
+        with smtplib.SMTP("127.0.0.1", entrance, "client.example") as client:
+            client.sendmail("a@example.com", ["b@example.net"], MESSAGE)
+        (mail,) = postfix.wait_mails(1)
+        assert mail.header("X-Filter-Remote") is None
 
 
 def assert_refused(title: str, postfix: PrivatePostfix, entrance: int) -> None:
@@ -392,11 +555,33 @@ def assert_refused(title: str, postfix: PrivatePostfix, entrance: int) -> None:
         assert refusal.encode() in b" ".join(bounce.body.split())
 
 
+@requires("postfix", POSTFIX)
+def test_postfix_says_what_the_manual_explains_without_proxsmtpd() -> None:
+    """The reply, and the line of its log that has the reason."""
+    require_root()
+    title = "Postfix, before the queue"
+    with ExitStack() as held:
+        ports = [port_of(held.enter_context(reserve_port())) for _ in range(3)]
+        postfix = held.enter_context(PrivatePostfix([smtpd(ports[0])]))
+        paste(PostfixExample.of(title, ports).commands, postfix)
+        assert poll(lambda: is_listening(f"127.0.0.1:{ports[2]}"), PEER_PATIENCE)
+        with smtplib.SMTP("127.0.0.1", ports[0], "client.example") as client:
+            client.ehlo()
+            client.mail("a@example.com")
+            client.rcpt("b@example.net")
+            code, text = client.data(MESSAGE)
+        postfix.wait_log("connect to .*: Connection refused")
+    reply = f"{code} {text.decode()}"
+    assert reply == "451 4.3.0 Error: queue file write error"
+    for document in ("proxsmtpd.8", "README"):
+        assert reply in " ".join(read(document).split())
+
+
 def test_postfix_waits_longer_than_proxsmtpd() -> None:
     """The whole run of the filter, and the server's answers to DATA and message."""
-    example = postfix_example("Postfix, before the queue", {})
+    example = PostfixExample.of("Postfix, before the queue")
     limits = r"timeout -s KILL (\d+) |^TimeOut: (\d+)|smtpd_proxy_timeout=(\d+)s"
-    found = re.findall(limits, "".join(example.values()), re.M)
+    found = re.findall(limits, example.settings + example.commands, re.M)
     run, answer, patience = (int("".join(groups)) for groups in found)
     assert run + 2 * answer < patience
 
@@ -469,7 +654,7 @@ def check_init_script(script: Path, holder: socket.socket) -> None:
         return subprocess.run([script, action], check=False).returncode
 
     assert act("status") == stopped
-    for action in ("start", "start", "restart", "force-reload"):
+    for action in ("start", "start", "reload", "restart", "force-reload"):
         assert act(action) == 0
         assert act("status") == running
         with smtplib.SMTP("127.0.0.1", port_of(holder)) as client:
@@ -481,37 +666,68 @@ def check_init_script(script: Path, holder: socket.socket) -> None:
 
 
 def units() -> list[str]:
-    """Return the systemd units in the manual: two whole ones, and a part of one."""
+    """Return the systemd units in the manual: whole services, and a part of one."""
     blocks = literal_blocks("proxsmtpd.8")
-    return [block for block in blocks if re.match(r"\[(Unit|Service)\]\n", block)]
+    return [block for block in blocks if "\nExecStart=" in block]
+
+
+def socket_unit() -> str:
+    """Return the manual's socket unit for systemd."""
+    (unit,) = (b for b in literal_blocks("proxsmtpd.8") if "\n[Socket]\n" in b)
+    return unit
+
+
+def parsed(unit: str) -> configparser.ConfigParser:
+    """Return the sections of a unit; no line may stand twice."""
+    parser = configparser.ConfigParser(interpolation=None)
+    parser.read_string(unit)
+    return parser
 
 
 @pytest.mark.parametrize("unit", units())
 def test_unit_of_the_manual_starts_the_program(unit: str) -> None:
-    """The command line fits the unit's Type, and no line stands twice."""
-    parser = configparser.ConfigParser(interpolation=None)
-    parser.read_string(unit)
-    service = parser["Service"]
+    """The command line fits the unit's Type."""
+    service = parsed(unit)["Service"]
     command, *arguments = service["ExecStart"].split()
     assert command == "/usr/local/sbin/proxsmtpd"
     options = program.parse_options(arguments)
     if service["Type"] == "forking":
         assert options.debug_level is None
         assert options.pid_file == service["PIDFile"]
+        assert options.pid_file.startswith(f"/run/{service['RuntimeDirectory']}/")
     else:
         assert service["Type"] == "notify"
         assert options.debug_level == 3
 
 
+def test_socket_unit_has_the_port_of_the_examples() -> None:
+    assert parsed(socket_unit())["Socket"]["ListenStream"] == "127.0.0.1:10025"
+
+
 @requires("systemd", "/usr/bin/systemd-analyze")
 def test_systemd_knows_every_line_of_the_units(tmp_path: Path) -> None:
     assert len(units()) == 3
-    files = [str(tmp_path / f"proxsmtpd{n}.service") for n in range(len(units()))]
+    files = [tmp_path / f"proxsmtpd{n}.service" for n in range(len(units()))]
     for file, unit in zip(files, units()):
-        Path(file).write_text(unit.replace("/usr/local/sbin/proxsmtpd", "/bin/true"))
-    command = ["systemd-analyze", "verify", "--man=no", *files]
+        file.write_text(unit.replace("/usr/local/sbin/proxsmtpd", "/bin/true"))
+    files.append(tmp_path / "proxsmtpd0.socket")
+    files[-1].write_text(socket_unit())
+    command = ["systemd-analyze", "verify", "--man=no", *map(str, files)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert [ln for ln in result.stderr.splitlines() if str(tmp_path) in ln] == []
+
+
+@requires("systemd", "/usr/bin/systemd-analyze")
+@pytest.mark.parametrize("unit", [u for u in units() if u.startswith("[Unit]")])
+def test_unit_of_the_manual_is_hardly_exposed(unit: str, tmp_path: Path) -> None:
+    """The one that starts as root is not much more exposed than the other."""
+    file = tmp_path / "proxsmtpd.service"
+    file.write_text(unit)
+    command = ["systemd-analyze", "security", "--offline=true", "--no-pager", str(file)]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    exposure = re.search(r"Overall exposure level .*: ([0-9.]+) ", report)
+    assert exposure
+    assert float(exposure[1]) <= 4
 
 
 # --- The filter's contract, the log, the command line ---
@@ -594,6 +810,19 @@ def test_readme_names_two_commands_to_try() -> None:
     """The demonstration first, the tests second, and no third."""
     part = read("README").partition("TRY IT")[2].partition("\n\n\n")[0]
     assert re.findall(r"make \w+", part) == ["make demo", "make check"]
+
+
+def test_readme_and_news_name_the_list_of_differences() -> None:
+    """It is in the manual, in one piece, and there only."""
+    title = "DIFFERENCES FROM PROXSMTP 1.10"
+    for name in ("README", "NEWS"):
+        assert f"proxsmtpd(8), {title}" in " ".join(read(name).split())
+    whole = read("proxsmtpd.8").partition(f".Sh {title}\n")[2].partition("\n.Sh ")[0]
+    parts = re.split(r"^\.Ss ", whole, flags=re.M)[1:]
+    assert len(parts) == 7
+    for part in parts:
+        entries = re.findall(r"^\.It (.+)\n(?!\.It |\.El)", part, re.M)
+        assert len(entries) == part.count("\n.It ") > 2
 
 
 def test_manuals_refer_to_sections_that_exist() -> None:

@@ -22,6 +22,8 @@ MAN8 = "usr/share/man/man8/proxsmtpd.8"
 MAN5 = "usr/share/man/man5/proxsmtpd.conf.5"
 SAMPLE = "etc/proxsmtpd.conf.sample"
 CONFIG = "etc/proxsmtpd.conf"
+LOCAL_CONFIG = "usr/local/etc/proxsmtpd.conf"
+UNIT = "usr/lib/systemd/system/proxsmtpd.service"
 
 
 FORMATTERS = [
@@ -134,7 +136,7 @@ def test_fault_of_a_later_file_leaves_the_old_one(
     before = (place / MAN8).read_bytes()
     assert f"not installed: {place / MAN8}\n" in fails(place, path=broken.parent)
     assert (place / MAN8).read_bytes() == before
-    assert set(files(place)) == {INSTALLED, MAN8, MAN5, SAMPLE, CONFIG}
+    assert set(files(place)) == {INSTALLED, MAN8, MAN5, SAMPLE}
 
 
 @pytest.mark.parametrize("directory", ["a blank", "a\ttab", "x" * 250])
@@ -163,7 +165,7 @@ def test_interpreter_that_cannot_run_the_program(tmp_path: Path) -> None:
     root = tmp_path / "root"
     with suppress(subprocess.CalledProcessError):
         make("install", root, python=python)
-    assert set(files(root)) in (set(), {INSTALLED, MAN8, MAN5, SAMPLE, CONFIG})
+    assert set(files(root)) in (set(), {INSTALLED, MAN8, MAN5, SAMPLE})
     if files(root):
         subprocess.run([root / INSTALLED, "-v"], capture_output=True, check=True)
 
@@ -178,7 +180,6 @@ def test_files_and_modes(umask: int, tmp_path: Path) -> None:
         MAN8: 0o644,
         MAN5: 0o644,
         SAMPLE: 0o644,
-        CONFIG: 0o644,
     }
     assert set(modes(root, Path.is_dir).values()) == {0o755}
 
@@ -266,26 +267,63 @@ def test_nothing_of_the_environment_gets_in(place: Path, tmp_path: Path) -> None
     subprocess.run([place / INSTALLED, "-v"], env=env, cwd=tmp_path, check=True)
 
 
-def test_sample_becomes_the_first_configuration(place: Path) -> None:
-    assert (place / CONFIG).read_bytes() == (place / SAMPLE).read_bytes()
+def test_sample_becomes_the_first_configuration(tmp_path: Path) -> None:
+    make("install", tmp_path, where=())
+    sample = tmp_path / f"{LOCAL_CONFIG}.sample"
+    assert (tmp_path / LOCAL_CONFIG).read_bytes() == sample.read_bytes()
 
 
-def test_configuration_that_is_there_stays(place: Path) -> None:
-    (place / CONFIG).write_text("OutAddress: 25\n")
-    (place / CONFIG).chmod(0o600)
-    make("install", place)
-    assert (place / CONFIG).read_text() == "OutAddress: 25\n"
-    assert files(place)[CONFIG] == 0o600
+def test_configuration_that_is_there_stays(tmp_path: Path) -> None:
+    make("install", tmp_path, where=())
+    (tmp_path / LOCAL_CONFIG).write_text("OutAddress: 25\n")
+    (tmp_path / LOCAL_CONFIG).chmod(0o600)
+    make("install", tmp_path, where=())
+    make("uninstall", tmp_path, where=())
+    assert (tmp_path / LOCAL_CONFIG).read_text() == "OutAddress: 25\n"
+    assert files(tmp_path) == {LOCAL_CONFIG: 0o600}
 
 
-def test_uninstall_leaves_the_configuration_only(place: Path) -> None:
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_unit_is_the_one_of_the_manual(umask: int, place: Path) -> None:
+    """With the paths of this installation."""
+    make("unit", place, umask)
+    assert files(place)[UNIT] == 0o644
+    unit = (place / UNIT).read_text()
+    assert unit.startswith("[Unit]\n")
+    assert "Type=notify\nExecStart=/usr/sbin/proxsmtpd -d 3\n" in unit
+    assert f"\n{unit}.Ed\n" in (place / MAN8).read_text()
+
+
+def test_uninstall_leaves_nothing_of_its_own(place: Path) -> None:
+    make("unit", place)
     make("uninstall", place)
-    assert files(place) == {CONFIG: 0o644}
+    assert files(place) == {}
 
 
-@pytest.mark.parametrize("target", ["install", "uninstall", "check"])
+@pytest.mark.parametrize("there", [True, False], ids=["systemd", "no systemd"])
+def test_install_says_what_to_do_next(there: bool, tmp_path: Path) -> None:
+    systemd = tmp_path if there else tmp_path / "nowhere"
+    said = make("install", tmp_path / "root", where=[f"SYSTEMD={systemd}"])
+    first, second, third = said.splitlines()[-3:]
+    assert first.startswith("1. ")
+    assert "README, INSTALL IT" in first
+    assert "\nINSTALL IT\n" in (ROOT / "README").read_text()
+    assert second.startswith("2. Edit /usr/local/etc/proxsmtpd.conf,")
+    assert third.startswith("3. ")
+    assert ("make unit && systemctl enable --now proxsmtpd" in third) is there
+    assert ("/usr/local/sbin/proxsmtpd" in third) is not there
+
+
+def test_in_debians_place_its_configurations_stay_the_ones(tmp_path: Path) -> None:
+    said = make("install", tmp_path)
+    assert CONFIG not in files(tmp_path)
+    assert "/etc/proxsmtp/*.conf" in said.splitlines()[-2]
+
+
+@pytest.mark.parametrize("target", ["install", "unit", "uninstall", "check"])
 @pytest.mark.parametrize(
-    "name", ["DESTDIR", "PREFIX", "SBINDIR", "SYSCONFDIR", "MANDIR", "PYTHON"]
+    "name",
+    ["DESTDIR", "PREFIX", "SBINDIR", "SYSCONFDIR", "MANDIR", "UNITDIR", "PYTHON"],
 )
 def test_quote_that_the_shell_would_misread(
     name: str, target: str, tmp_path: Path
