@@ -2673,7 +2673,7 @@ def leads_to_listener(
 OWN_LISTENER = "OutAddress leads to this proxy's own Listen address"
 
 
-def is_loop(config: Config, *, may_wait: bool) -> bool:
+def is_loop(config: Config, *, may_wait: bool = True) -> bool:
     """Return whether OutAddress is surely Listen, as far as it is known now.
 
     A name is resolved only if we `may_wait`; otherwise the sessions find out.

@@ -280,7 +280,7 @@ def test_other_server_is_one(listen: str, out: str) -> None:
     text = f"Listen: {listen}\nOutAddress: {out}\n"
     config, errors = module.parse_config(text.encode(), "conf")
     assert errors == []
-    assert not module.is_loop(config, may_wait=True)
+    assert not module.is_loop(config)
 
 
 def test_loop_at_run_time(proxsmtpd: StartDaemon) -> None:
