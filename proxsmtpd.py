@@ -16,6 +16,10 @@ and its exit decides.  The server gets DATA and the filtered message only if the
 agrees, and the client gets 250 only if the server has accepted.  Without a filter the
 mail data streams through in large blocks.
 
+TLS.  Where a side is encrypted, its channel has a `TlsSocket` in place of its socket,
+and nothing else changes.  The module ssl is imported only for that, and each function
+that needs it imports it for itself.
+
 Threads.  The main thread owns the listening socket, the signals and the pid file.  A
 session's thread owns its two sockets, its spools and its filter.  They have `Shared`
 in common: the configuration, the log, the statistics, and `Shutdown`, by which the main
@@ -65,7 +69,19 @@ import traceback
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum, auto
-from typing import Any, Callable, NamedTuple, NoReturn, Optional, TypeVar, Union
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    NamedTuple,
+    NoReturn,
+    Optional,
+    TypeVar,
+    Union,
+)
+
+if TYPE_CHECKING:
+    import ssl
 
 # ---------------------------------------------------------------------------
 # Constants
@@ -116,6 +132,9 @@ SMALL_BLOCK = 16 * 1024  # commands and replies
 SPOOL_MEMORY = 1024 * 1024  # longer messages are kept in a file
 PIPE_BLOCK = 64 * 1024  # the usual capacity of a pipe
 PIPE_MOST = 1024 * 1024  # the capacity that a filter may give it (pipe(7))
+# Octets that go through OpenSSL's buffers at a time.  These keep the size that they
+# once had, and larger blocks are not faster (measured).
+TLS_BLOCK = 32 * 1024
 REPLIES_HELD = 64 * 1024  # octets of replies to pipelined commands in one write
 NULS_HELD = 64 * 1024  # NULs at the start of a line, until it is clear what follows
 LINE_KEPT = 1024  # octets of a line of the filter's standard error
@@ -246,6 +265,7 @@ NO_DESTINATION = Reply.of(b"421 No original destination to connect to")
 SERVER_LOST = Reply.of(b"421 Connection to server lost")
 SERVER_TIMED_OUT = Reply.of(b"421 Server timed out")
 SERVER_CONFUSED = Reply.of(b"421 Server gave an unusable reply")
+CANNOT_ENCRYPT = Reply.of(b"421 Connection to server cannot be encrypted")
 CLIENT_TIMED_OUT = Reply.of(b"421 Timed out waiting for client")
 CLIENT_GONE = Reply.of(
     b"421 Client closed the connection before the message was accepted"
@@ -322,6 +342,10 @@ class BadProxyHeader(ProxsmtpdError):
 
 class BadReply(ProxsmtpdError):
     """The server sent something that is not an SMTP reply (RFC 5321 4.2)."""
+
+
+class TlsFailure(ProxsmtpdError):
+    """A connection could not be encrypted."""
 
 
 class Hangup(ProxsmtpdError):
@@ -1808,6 +1832,20 @@ class Transparency(Enum):
     FULL = "full"  # the connection's local address is the destination
 
 
+class TlsMode(Enum):
+    """When the connection to one side is encrypted."""
+
+    OFF = "off"
+    MAY = "may"  # by STARTTLS, if both want it
+    REQUIRE = "require"  # by STARTTLS, or there is no mail; any certificate will do
+    VERIFY = "verify"  # as before, and the server's certificate is verified
+    IMPLICIT = "implicit"  # from the first octet, and verified
+
+
+# The modes in which the server's certificate is verified.
+_VERIFYING = (TlsMode.VERIFY, TlsMode.IMPLICIT)
+
+
 class Config:
     """The settings, as `SETTINGS` reads them from the file.
 
@@ -1827,6 +1865,9 @@ class Config:
     max_connections: int
     max_message_size: int  # 0: any
     out_address: Optional[Address] = None
+    out_tls: TlsMode
+    out_tls_name: str = ""
+    out_tls_trust: bytes = b""
     pid_file: str = ""
     processes: int  # 0: auto
     proxy_protocol: bool
@@ -1836,6 +1877,17 @@ class Config:
     transparent_proxy: Transparency
     user: str = ""
     xclient: bool
+    # Made of the settings (`server_context`); None while TLS is off.
+    server_tls: Optional[ssl.SSLContext] = None
+
+    @property
+    def server_name(self) -> str:
+        """The name or IP address that the server's certificate must have, or ""."""
+        host = self.out_address.host if self.out_address is not None else ""
+        if self.is_transparent or host in _ANY_HOSTS:
+            host = ""
+        # Neither a dot at the end nor a scope is ever in a certificate.
+        return (self.out_tls_name or host).partition("%")[0].rstrip(".")
 
     @property
     def is_transparent(self) -> bool:
@@ -1947,7 +1999,18 @@ def _address(default_port: int) -> Kind:
     )
 
 
+def _file_name(text: str) -> bytes:
+    return os.path.abspath(to_octets(_nonempty(text)))
+
+
+def _host(text: str) -> str:
+    if not is_host(text):
+        raise ValueError(text)
+    return text
+
+
 _ANY_TEXT = Kind(str)
+_FILE = Kind(_file_name, "invalid setting: {name} (must be a file)")
 
 SETTINGS = (
     Setting("FilterCommand", "filter_command", "", _ANY_TEXT),
@@ -1995,6 +2058,16 @@ SETTINGS = (
     ),
     Setting("MaxMessageSize", "max_message_size", "0", _number("octets", 0)),
     Setting("OutAddress", "out_address", "", _address(DEFAULT_SERVER_PORT)),
+    Setting(
+        "OutTls", "out_tls", "off", _choice({mode.value: mode for mode in TlsMode})
+    ),
+    Setting(
+        "OutTlsName",
+        "out_tls_name",
+        "",
+        Kind(_host, "invalid setting: {name} (must be a host's name or address)"),
+    ),
+    Setting("OutTlsTrust", "out_tls_trust", "", _FILE),
     Setting("PidFile", "pid_file", "", _ANY_TEXT),
     Setting(
         "Processes",
@@ -2012,10 +2085,7 @@ SETTINGS = (
         "TempDirectory",
         "temp_directory",
         "/tmp",
-        Kind(
-            lambda text: os.path.abspath(to_octets(_nonempty(text))),
-            "invalid setting: {name} (must be a directory)",
-        ),
+        Kind(_file_name, "invalid setting: {name} (must be a directory)"),
     ),
     Setting("TimeOut", "timeout", "180", _seconds(1)),
     Setting(
@@ -2071,9 +2141,15 @@ def parse_config(octets: bytes, path: str) -> tuple[Config, list[ConfigError]]:
                 errors.append(ConfigError(str(error), path, number))
     if "OutAddress" not in mentioned and not config.is_transparent:
         errors.append(ConfigError("no OutAddress specified.", path))
+    errors += [ConfigError(text, path) for text in contradictions_in(config)]
+    return config, errors
+
+
+def contradictions_in(config: Config) -> list[str]:
+    """Return what is wrong with settings that are right one by one."""
+    found = []
     if config.is_transparent and not IS_LINUX:
-        text = "invalid value for TransparentProxy (only Linux has it)"
-        errors.append(ConfigError(text, path))
+        found.append("invalid value for TransparentProxy (only Linux has it)")
     for name, address in (
         ("Listen", config.listen),
         ("OutAddress", config.out_address),
@@ -2081,11 +2157,16 @@ def parse_config(octets: bytes, path: str) -> tuple[Config, list[ConfigError]]:
         length = len(to_octets(address.path)) if address else 0
         if length > MOST_SOCKET_PATH:
             text = f"the socket path of {name} has {length} octets"
-            errors.append(ConfigError(f"{text} (at most {MOST_SOCKET_PATH})", path))
+            found.append(f"{text} (at most {MOST_SOCKET_PATH})")
     if config.proxy_protocol and config.is_transparent:
-        text = "ProxyProtocol cannot be used with TransparentProxy"
-        errors.append(ConfigError(text, path))
-    return config, errors
+        found.append("ProxyProtocol cannot be used with TransparentProxy")
+    if config.out_tls in _VERIFYING and config.is_transparent:
+        # Only an address is known there.
+        mode = config.out_tls.value
+        found.append(f"OutTls: {mode} cannot be used with TransparentProxy")
+    elif config.out_tls in _VERIFYING and not config.server_name:
+        found.append("OutTls needs OutTlsName here")
+    return found
 
 
 def split_line(line: str) -> tuple[Setting, str]:
@@ -2231,6 +2312,226 @@ def reason(error: OSError) -> str:
 
 
 # ---------------------------------------------------------------------------
+# TLS (RFC 8446)
+# ---------------------------------------------------------------------------
+
+# OpenSSL's X509_V_FLAG_PARTIAL_CHAIN, which Python has from 3.10 on.
+_PARTIAL_CHAIN = 0x80000
+
+
+def tls_context(*, is_server: bool) -> ssl.SSLContext:
+    """Return a context for TLS 1.2 or later; `TlsFailure` if Python has no TLS.
+
+    Which ciphers are used is for the system's policy to say.
+    """
+    try:
+        import ssl
+    except ImportError as error:
+        raise TlsFailure("this Python has no TLS") from error
+    context = ssl.SSLContext(
+        ssl.PROTOCOL_TLS_SERVER if is_server else ssl.PROTOCOL_TLS_CLIENT
+    )
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    return context
+
+
+def server_context(config: Config) -> Optional[ssl.SSLContext]:
+    """Return the context for the server's side, None if OutTls is off.
+
+    Raises `TlsFailure` if OutTlsTrust cannot be used.
+    """
+    if config.out_tls is TlsMode.OFF:
+        return None
+    context = tls_context(is_server=False)
+    import ssl
+
+    if config.out_tls not in _VERIFYING:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    elif config.out_tls_trust:
+        # A certificate in the file need not be an authority's.
+        context.verify_flags |= _PARTIAL_CHAIN
+        context.load_verify_locations(cadata=read_certificates(config.out_tls_trust))
+    else:
+        context.set_default_verify_paths()
+    return context
+
+
+def read_certificates(path: bytes) -> str:
+    """Return the text of a file that has certificates; `TlsFailure` if it has none."""
+    import ssl
+
+    try:
+        with open(path, "rb") as file:
+            text = file.read().decode("ascii", "ignore")
+    except OSError as error:
+        what = f"{printable(path)}: {reason(error)}"
+        raise TlsFailure(f"couldn't read certificate: {what}") from error
+    try:
+        tls_context(is_server=False).load_verify_locations(cadata=text)
+    except (ssl.SSLError, ValueError) as error:
+        raise TlsFailure(f"no certificate in PEM form: {printable(path)}") from error
+    return text
+
+
+def tls_reason(error: OSError) -> str:
+    """Return the reason for an error of OpenSSL's or the system's, for the log."""
+    if error.errno in _AGAIN:
+        return "timed out"
+    # OpenSSL's numbers are not the system's, and its text names lines of C.
+    verdict = getattr(error, "verify_message", "")
+    words = (getattr(error, "reason", None) or "").replace("_", " ").lower()
+    return shown(verdict or words or reason(error))
+
+
+class TlsSocket(socket.socket):
+    """A connected socket that encrypts what it sends, for a `Channel`.
+
+    It takes the place of a plain socket, which is detached.  OpenSSL sees memory only,
+    so that time limits, `MSG_PEEK` and `poll` work as they do without TLS: if it read
+    from the socket, it would wait without a limit.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        context: ssl.SSLContext,
+        *,
+        name: Optional[str] = None,
+        is_server: bool = False,
+        received: bytes = b"",
+    ) -> None:
+        """`name` is the peer's, as a client; `received` has come from it already."""
+        import ssl
+
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(
+            self._incoming, self._outgoing, server_side=is_server, server_hostname=name
+        )
+        self._incoming.write(received)
+        self._ahead = b""  # decrypted, but not taken yet
+        self._is_at_end = False
+        super().__init__(sock.family, sock.type, sock.proto, sock.detach())
+
+    def shake_hands(self) -> bool:
+        """Do what can be done of the handshake; return whether it is complete.
+
+        Raises `TlsFailure`.
+        """
+        import ssl
+
+        try:
+            with contextlib.suppress(BlockingIOError):
+                self._receive(socket.MSG_DONTWAIT)
+            self._tls.do_handshake()
+            self._send_pending()
+            self._decrypt()
+        except ssl.SSLWantReadError:
+            if self._is_at_end:
+                raise TlsFailure("connection closed by peer") from None
+            self._send_pending()
+            return False
+        except OSError as error:
+            # The peer learns the reason from the alert that OpenSSL has written.
+            with contextlib.suppress(OSError):
+                self._send_pending()
+            raise TlsFailure(tls_reason(error)) from error
+        return True
+
+    def describe(self) -> str:
+        """Return the protocol and the cipher."""
+        cipher = self._tls.cipher()
+        assert cipher is not None  # after the handshake
+        return f"{self._tls.version()} {cipher[0]}"
+
+    def recv(self, bufsize: int, flags: int = 0, /) -> bytes:
+        """Return octets as a plain socket does, but maybe more than `bufsize`.
+
+        `poll` cannot see what stays here, so that only `MSG_PEEK` leaves anything.  A
+        record of which only a part has come, or that holds nothing, counts as nothing
+        (`BlockingIOError`).
+        """
+        is_peek = flags & socket.MSG_PEEK
+        while not self._is_at_end and len(self._ahead) < (bufsize if is_peek else 1):
+            try:
+                self._receive(flags & socket.MSG_DONTWAIT)
+                self._decrypt()
+            except BlockingIOError:
+                break
+            if not is_peek:
+                break
+        octets = self._ahead
+        if not octets and not self._is_at_end:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        if is_peek:
+            return octets[:bufsize]
+        self._ahead = b""
+        return octets
+
+    def _receive(self, flags: int) -> None:
+        octets = super().recv(TLS_BLOCK, flags)
+        if octets:
+            self._incoming.write(octets)
+        else:
+            self._is_at_end = True  # even if the peer has not announced it
+
+    def _decrypt(self) -> None:
+        """Decrypt whatever whole records have come; OSError for one that is wrong."""
+        import ssl
+
+        octets = [self._ahead]
+        try:
+            while octets[-1] or len(octets) == 1:
+                octets.append(self._tls.read(TLS_BLOCK))
+            self._is_at_end = True
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLZeroReturnError:
+            self._is_at_end = True
+        except ssl.SSLError as error:
+            # What came before it is good; it will be wrong the next time, too.
+            if not any(octets):
+                with contextlib.suppress(OSError):
+                    self._send_pending()
+                raise OSError(errno.EPROTO, tls_reason(error)) from error
+        self._ahead = b"".join(octets)
+        self._send_pending()  # an answer of the protocol's own, if there is any
+
+    def sendall(self, data: Any, flags: int = 0, /) -> None:
+        """Send all octets; OSError before the handshake is complete."""
+        import ssl
+
+        rest = memoryview(data)
+        while rest:
+            try:
+                rest = rest[self._tls.write(rest) :]  # a record at a time
+            except ssl.SSLError as error:
+                raise OSError(errno.EPROTO, tls_reason(error)) from error
+            if not rest or self._outgoing.pending >= TLS_BLOCK:
+                self._send_pending(flags)
+
+    def _send_pending(self, flags: int = 0) -> None:
+        if self._outgoing.pending:
+            super().sendall(self._outgoing.read(), flags)
+
+    def _announce_end(self) -> None:
+        """Send the alert close_notify (RFC 8446 6.1), if that does not block."""
+        with contextlib.suppress(OSError):
+            self._tls.unwrap()  # wants to read the peer's, which is no error
+        with contextlib.suppress(OSError):
+            self._send_pending(socket.MSG_DONTWAIT)
+
+    def shutdown(self, how: int, /) -> None:
+        self._announce_end()
+        super().shutdown(how)
+
+    def close(self) -> None:
+        self._announce_end()
+        super().close()
+
+
+# ---------------------------------------------------------------------------
 # Channels: the connections to both sides
 # ---------------------------------------------------------------------------
 
@@ -2314,7 +2615,9 @@ class Channel:
 
     def __init__(self, sock: socket.socket, timeout: float, log: Log) -> None:
         self._socket = sock
+        self._timeout = timeout
         self._log = log
+        self.tls = ""  # protocol and cipher, once it is encrypted
         sock.setblocking(True)
         set_timeout(sock, socket.SO_SNDTIMEO, timeout)
         if sock.family != socket.AF_UNIX:
@@ -2351,6 +2654,24 @@ class Channel:
 
     def _broken(self, what: str) -> Hangup:
         return self.lost(f"{self.side}: {what}", self.broken)
+
+    def _encrypt(self, sock: TlsSocket, stop: int) -> None:
+        """Go on in TLS from now on, by `sock`, which has taken our socket's place.
+
+        Raises `TlsFailure` if the handshake fails, or takes longer than the time limit,
+        and `ShuttingDown` when `stop`, a descriptor, can be read.  Nothing can be sent
+        any more then, least of all in clear.
+        """
+        self._socket = sock
+        deadline = Deadline(self._timeout)
+        while not sock.shake_hands():
+            ready = await_readable(deadline.left, sock.fileno(), stop)
+            if stop in ready:
+                raise ShuttingDown
+            if not ready or deadline.has_passed:
+                raise TlsFailure("timed out")
+        self.tls = sock.describe()
+        self._log.info(f"{self.side} encrypted: {self.tls}")
 
     def wait(self, seconds: float) -> bool:
         """Wait until this side sends or closes; return False if the time is over."""
@@ -2452,7 +2773,7 @@ class ClientChannel(Channel):
             self._socket.shutdown(socket.SHUT_WR)
             set_timeout(self._socket, socket.SO_RCVTIMEO, LINGER)
             while left > 0 and not deadline.has_passed:
-                octets = self._socket.recv(SMALL_BLOCK)
+                octets = socket.socket.recv(self._socket, SMALL_BLOCK)  # even if TLS
                 if not octets:
                     break
                 left -= len(octets)
@@ -2476,7 +2797,6 @@ class ServerChannel(Channel):
         """`client` gets its held replies while this side is slow."""
         super().__init__(sock, timeout, log)
         set_timeout(sock, socket.SO_RCVTIMEO, timeout)
-        self._timeout = timeout
         self._client = client
         self._replies = ReplyBuffer()
 
@@ -2545,6 +2865,8 @@ class ServerChannel(Channel):
         is_late = deadline.has_passed
         if not self.has_more or (not is_late and self.wait(deadline.left)):
             octets = self.receive()
+        while octets is None and not deadline.has_passed and self.wait(deadline.left):
+            octets = self.receive()  # it was only a part of a TLS record
         if octets is None:
             text = "SERVER: network read operation timed out"
             raise ServerLost(text, SERVER_TIMED_OUT)
@@ -2584,6 +2906,10 @@ class ServerChannel(Channel):
     def has_spoken(self) -> bool:
         """Return whether an unsolicited reply, or the connection's end, has come."""
         return self.has_more or self._peek() is not None
+
+    def encrypt(self, context: ssl.SSLContext, name: str, stop: int) -> None:
+        """Start TLS as its client; `name` is the server's.  See `_encrypt`."""
+        self._encrypt(TlsSocket(self._socket, context, name=name or None), stop)
 
 
 def resolve(address: Address, host: str) -> list[tuple[int, Any]]:
@@ -4278,9 +4604,9 @@ class Session:
             if self.config.proxy_protocol:
                 self._read_proxy_header()
             self.log.info(f"accepted connection from: {self.client_peer.host}")
-            self._connect()
+            greeting = self._open_server()
             with contextlib.closing(self.server):
-                self._relay_greeting()
+                self._relay_greeting(greeting)
                 while self._state is not State.CLOSED:
                     self._handle_line()
                 self.client.flush()
@@ -4329,6 +4655,74 @@ class Session:
         if header.client is not None:
             self.log.debug(f"PROXY header from: {source}")
             self.client_peer, self._local_peer = header.client, header.local
+
+    def _open_server(self) -> Reply:
+        """Connect to the server, encrypted as OutTls wants it; return its greeting.
+
+        The client has not been greeted yet, so that each failure, a `ServerLost`, is a
+        clean 421.
+        """
+        mode = self.config.out_tls
+        self._connect()
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self._close_server)
+            if mode is TlsMode.IMPLICIT:
+                try:
+                    self._encrypt_server()
+                except TlsFailure as fault:
+                    text = f"couldn't start TLS: {fault}"
+                    raise self._not_encrypted(text) from fault
+            greeting = self.server.read_reply()
+            if greeting.code == 220 and mode not in (TlsMode.OFF, TlsMode.IMPLICIT):
+                greeting = self._start_server_tls(greeting)
+            on_failure.pop_all()
+        return greeting
+
+    def _start_server_tls(self, greeting: Reply) -> Reply:
+        """Encrypt the server's side by STARTTLS (RFC 3207), or go on without (may).
+
+        Returns the greeting, which is another one if it took another connection.
+        """
+        is_optional = self.config.out_tls is TlsMode.MAY
+        hello = self.server.own_command(b"EHLO " + HELLO)
+        if offered_attributes(hello, b"STARTTLS") is None:
+            if not is_optional:
+                raise self._not_encrypted("doesn't offer STARTTLS")
+            return greeting
+        reply = self.server.own_command(b"STARTTLS")
+        if self.server.has_more:
+            # Somebody on the way may have put it there, to be read as if encrypted.
+            raise self._not_encrypted("more came behind the reply to STARTTLS")
+        if reply.code != 220:
+            failure = self._not_encrypted(f"refused STARTTLS: {reply.text}")
+            if not is_optional:
+                raise failure
+            self.log.warning(str(failure))
+            return greeting
+        try:
+            self._encrypt_server()
+        except TlsFailure as fault:
+            failure = self._not_encrypted(f"couldn't start TLS: {fault}")
+            if not is_optional:
+                raise failure from fault
+            self.log.warning(f"{failure}; going on without")
+            self.server.close()
+            self._connect()
+            return self.server.read_reply()
+        return greeting
+
+    def _close_server(self) -> None:
+        self.server.close()  # whichever it is by then
+
+    def _encrypt_server(self) -> None:
+        """Shake hands with the server; `TlsFailure` if that fails."""
+        context, draining = self.config.server_tls, self.shared.shutdown.draining
+        assert context is not None  # load_config sees to it
+        self.server.encrypt(context, self.config.server_name, draining.fileno())
+
+    @staticmethod
+    def _not_encrypted(why: str) -> ServerLost:
+        return ServerLost(f"SERVER: {why}", CANNOT_ENCRYPT)
 
     def _connect(self) -> None:
         """Connect to the server; `ServerLost` if that fails."""
@@ -4384,8 +4778,7 @@ class Session:
         text = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         return Address(text, host, port)
 
-    def _relay_greeting(self) -> None:
-        greeting = self.server.read_reply()
+    def _relay_greeting(self, greeting: Reply) -> None:
         if not greeting.is_success and not greeting.is_refusal:
             text = f"SERVER: unusable greeting: {greeting.text}"
             raise ServerLost(text, SERVER_CONFUSED)
@@ -4455,12 +4848,18 @@ class Session:
         end = (shutdown.draining if is_idle else shutdown.stopping).fileno()
         client, server = self.client.fileno(), self.server.fileno()
         others = (end, server) if with_server else (end,)
-        ready = await_readable(seconds, client, *others)
-        if end in ready:
-            raise ShuttingDown
-        if server in ready:
-            self.server.relay_unsolicited(as_answer=not is_idle)
-        return client in ready
+        deadline = Deadline(seconds)
+        while True:
+            ready = await_readable(deadline.left, client, *others)
+            if end in ready:
+                raise ShuttingDown
+            if server not in ready:
+                return client in ready
+            # TLS has messages of its own, such as session tickets.
+            if self.server.has_spoken():
+                self.server.relay_unsolicited(as_answer=not is_idle)
+            if deadline.has_passed:
+                return client in ready
 
     def _parse(self, line: bytes) -> Command:
         """Parse a command line; one that is refused is logged here."""
@@ -5844,6 +6243,8 @@ def warnings_of(config: Config) -> list[str]:
     complaint = shell_complaint(config.filter_command)
     if complaint:
         found.append(f"FilterCommand is refused by the shell: {complaint}")
+    if config.out_tls_trust and config.out_tls not in _VERIFYING:
+        found.append("OutTlsTrust has no use unless OutTls is verify or implicit")
     if config.is_transparent and config.out_address is not None:
         found.append(
             "the OutAddress option will be ignored when TransparentProxy is enabled"
@@ -6262,8 +6663,13 @@ def load_config(path: str, log: Log) -> Optional[Config]:
         text = f"couldn't read config file: {shown(path)}: {reason(error)}"
         raise SystemRefused(text) from error
     config, errors = parse_config(octets, path)
-    if not errors and is_loop(config):
-        errors.append(ConfigError(OWN_LISTENER, path))
+    if not errors:
+        if is_loop(config):
+            errors.append(ConfigError(OWN_LISTENER, path))
+        try:
+            config.server_tls = server_context(config)
+        except TlsFailure as failure:
+            errors.append(ConfigError(str(failure), path))
     for fault in errors:
         log.error(str(fault))
     return None if errors else config
