@@ -256,6 +256,7 @@ class Reply(bytes):
 GREETING = Reply.of(b"220 smtp.passthru")
 GREETING_ESMTP = Reply.of(b"220 smtp.passthru ESMTP")
 HELLO = b"smtp.passthru"
+READY_FOR_TLS = Reply.of(b"220 Ready to start TLS")
 START_INPUT = Reply.of(b"354 Start mail input; end with <CRLF>.<CRLF>")
 BUSY = Reply.of(b"421 Server busy, too many connections")
 NO_THREAD = Reply.of(b"421 Local Error, cannot start thread")
@@ -280,8 +281,16 @@ UNRECOGNIZED = Reply.of(b"500 Command unrecognized")
 BARE_LINE_FEED = Reply.of(b"500 Lines must end in CRLF")
 BAD_ADDRESS = Reply.of(b"501 Syntax error in address or parameters")
 DATA_ARGUMENT = Reply.of(b"501 DATA takes no argument")
+STARTTLS_ARGUMENT = Reply.of(b"501 STARTTLS takes no argument")
 NOT_IMPLEMENTED = Reply.of(b"502 Command not implemented")
 NO_TRANSACTION = Reply.of(b"503 DATA needs an accepted MAIL and RCPT first")
+HELLO_FIRST = Reply.of(b"503 EHLO has to come first after STARTTLS")
+IS_ENCRYPTED = Reply.of(b"503 Connection is encrypted already")
+TLS_REQUIRED = Reply.of(b"530 5.7.0 Must issue a STARTTLS command first")
+AUTH_NEEDS_TLS = Reply.of(
+    b"538 5.7.11 Encryption required for requested authentication mechanism"
+)
+NOTHING_BEHIND_STARTTLS = Reply.of(b"554 Nothing may be sent behind STARTTLS")
 INSUFFICIENT_AUTHORIZATION = Reply.of(b"554 Insufficient authorization")
 TOO_MANY_ERRORS = Reply.of(b"421 Too many errors")
 UNEXPECTED_DATA = Reply.of(b"554 Unexpected mail data after a refused DATA")
@@ -532,8 +541,9 @@ VERBS: dict[bytes, Verb] = {
     b"BURL": Verb("_not_implemented", Match.PREFIX, (b"BURL",), is_secret=True),
     b"XEXCH50": Verb("_not_implemented", hides=(b"XEXCH50",)),
     b"LHLO": Verb("_not_implemented"),
-    # Encryption, which would hide the dialogue from us.
-    b"STARTTLS": Verb("_not_implemented", hides=(b"STARTTLS", b"REQUIRETLS")),
+    # Encryption of the client's side, which is ours to do.  REQUIRETLS promises what
+    # no filter can keep (RFC 8689).
+    b"STARTTLS": Verb("_starttls", hides=(b"STARTTLS", b"REQUIRETLS")),
     b"X-ANONYMOUSTLS": Verb("_not_implemented", hides=(b"X-ANONYMOUSTLS",)),
     # The client and the server change their parts.
     b"TURN": Verb("_not_implemented"),
@@ -544,6 +554,7 @@ VERBS: dict[bytes, Verb] = {
     b"PROXY": Verb("_privileged"),  # Haraka
     b"INTERNALCMD": Verb("_privileged", is_secret=True),  # Haraka
 }
+AUTH_VERBS = frozenset(name for name, verb in VERBS.items() if verb.handler == "_auth")
 UNKNOWN_VERB = Verb("_relay", is_secret=True)
 
 # Extensions without a verb that change what a reply or the mail data means, and
@@ -983,12 +994,15 @@ def hide_greeting(reply: Reply) -> Reply:
     return GREETING_ESMTP if is_extended else GREETING
 
 
-def rewrite_hello(reply: Reply, *, extended: bool, size: int = 0) -> Reply:
+def rewrite_hello(
+    reply: Reply, *, extended: bool, size: int = 0, starttls: bool = False
+) -> Reply:
     """Return the server's 250 to EHLO (`extended`) or HELO, for the client.
 
     The first line hides the server's name (RFC 5321 4.1.1.1).  Service extensions that
     cannot pass are removed, PIPELINING, which we implement, is added (RFC 2920), and so
-    is SIZE if `size` is not 0: the smaller of that and the server's (RFC 1870).
+    is SIZE if `size` is not 0: the smaller of that and the server's (RFC 1870).  With
+    `starttls`, that is offered (RFC 3207), and no authentication before it is used.
     """
     texts = [line[4:] for line in reply.lines[1:]]
     if extended:
@@ -997,6 +1011,9 @@ def rewrite_hello(reply: Reply, *, extended: bool, size: int = 0) -> Reply:
             limit = smaller_limit(offered_attributes(reply, b"SIZE"), size)
             texts = [text for text in texts if _keyword(text) != b"SIZE"]
             texts.insert(0, b"SIZE %d" % limit)
+        if starttls:
+            texts = [text for text in texts if _keyword(text) not in AUTH_VERBS]
+            texts.insert(0, b"STARTTLS")
         texts.insert(0, b"PIPELINING")
     texts.insert(0, HELLO)
     return Reply.of(*(b"250-" + text for text in texts[:-1]), b"250 " + texts[-1])
@@ -1417,7 +1434,7 @@ class MailDataWriter:
 _ESCAPE = re.compile(r"\\([rnt\\])")
 _ESCAPES = {"r": "\r", "n": "\n", "t": "\t", "\\": "\\"}
 _SYMBOL = re.compile(rb"%(.)", re.DOTALL)
-HEADER_SYMBOLS = frozenset((b"i", b"l", b"d", b"%"))
+HEADER_SYMBOLS = frozenset((b"i", b"l", b"d", b"t", b"%"))
 
 
 def unescape(text: str) -> str:
@@ -1430,15 +1447,17 @@ def unknown_symbols(template: bytes) -> list[bytes]:
     return [s for s in _SYMBOL.findall(template) if s not in HEADER_SYMBOLS]
 
 
-def expand_header(template: bytes, client: str, local: str, date: str) -> bytes:
+def expand_header(
+    template: bytes, client: str, local: str, date: str, tls: str = ""
+) -> bytes:
     """Return the header field for one message, its lines ended by CRLF.
 
-    `client` and `local` are addresses, `date` is a date-time of RFC 5322 3.3.  Unknown
-    symbols are removed, as in the C program; empty lines, too, since they would end the
-    header section.
+    `client` and `local` are addresses, `date` is a date-time of RFC 5322 3.3, `tls` the
+    protocol and the cipher.  Unknown symbols are removed, as in the C program; empty
+    lines, too, since they would end the header section.
     """
     values = {b"i": client.encode(), b"l": local.encode(), b"d": date.encode()}
-    values[b"%"] = b"%"
+    values.update({b"t": tls.encode(), b"%": b"%"})
     field = _SYMBOL.sub(lambda m: values.get(m[1], b""), template)
     return b"".join(line + b"\r\n" for line in re.split(rb"[\r\n]+", field) if line)
 
@@ -1631,7 +1650,7 @@ class Envelope:
             self.remote_helo = attributes[b"HELO"]
 
     def filter_variables(
-        self, client: Peer, server: Peer
+        self, client: Peer, server: Peer, tls: str
     ) -> dict[bytes, Optional[bytes]]:
         """Return the variables that tell the filter about the message."""
         return {
@@ -1641,6 +1660,7 @@ class Envelope:
             b"RECIPIENTS": b"\n".join(self.recipients),
             b"REMOTE": self.remote,
             b"REMOTE_HELO": self.remote_helo,
+            b"TLS": tls.encode(),
         }
 
     def describe(self, client: str, status: str) -> Iterator[str]:
@@ -1685,6 +1705,7 @@ FILTER_VARIABLES = (
     b"RECIPIENTS",
     b"REMOTE",
     b"REMOTE_HELO",
+    b"TLS",
     b"TMPDIR",
     b"EMAIL",
 )
@@ -1862,6 +1883,9 @@ class Config:
     header: bytes = b""
     keep_alives: int
     listen: Address
+    listen_certificate: bytes = b""
+    listen_key: bytes = b""  # empty: it is in `listen_certificate`
+    listen_tls: TlsMode
     max_connections: int
     max_message_size: int  # 0: any
     out_address: Optional[Address] = None
@@ -1877,7 +1901,8 @@ class Config:
     transparent_proxy: Transparency
     user: str = ""
     xclient: bool
-    # Made of the settings (`server_context`); None while TLS is off.
+    # Made of the settings by `client_context` and `server_context`; None: TLS is off.
+    client_tls: Optional[ssl.SSLContext] = None
     server_tls: Optional[ssl.SSLContext] = None
 
     @property
@@ -2050,6 +2075,14 @@ SETTINGS = (
     Setting(
         "Listen", "listen", str(DEFAULT_LISTEN_PORT), _address(DEFAULT_LISTEN_PORT)
     ),
+    Setting("ListenCertificate", "listen_certificate", "", _FILE),
+    Setting("ListenKey", "listen_key", "", _FILE),
+    Setting(
+        "ListenTls",
+        "listen_tls",
+        "off",
+        _choice({m.value: m for m in TlsMode if m is not TlsMode.VERIFY}),
+    ),
     Setting(
         "MaxConnections",
         "max_connections",
@@ -2160,6 +2193,8 @@ def contradictions_in(config: Config) -> list[str]:
             found.append(f"{text} (at most {MOST_SOCKET_PATH})")
     if config.proxy_protocol and config.is_transparent:
         found.append("ProxyProtocol cannot be used with TransparentProxy")
+    if config.listen_tls is not TlsMode.OFF and not config.listen_certificate:
+        found.append("ListenTls needs ListenCertificate")
     if config.out_tls in _VERIFYING and config.is_transparent:
         # Only an address is known there.
         mode = config.out_tls.value
@@ -2336,6 +2371,40 @@ def tls_context(*, is_server: bool) -> ssl.SSLContext:
     return context
 
 
+def client_context(config: Config) -> Optional[ssl.SSLContext]:
+    """Return the context for the clients' side, None if ListenTls is off.
+
+    Raises `TlsFailure` if the certificate or the key cannot be used.
+    """
+    if config.listen_tls is TlsMode.OFF:
+        return None
+    context = tls_context(is_server=True)
+    import ssl
+
+    certificate = config.listen_certificate
+    key = config.listen_key or certificate
+    read_certificates(certificate)  # since OpenSSL does not say which of them is wrong
+    try:
+        with open(key, "rb"):
+            pass
+        # Without a function for the passphrase, it would be asked for at the terminal.
+        context.load_cert_chain(certificate, key, password=lambda: b"")
+    except ssl.SSLError as error:
+        where = printable(key)
+        words = tls_reason(error)
+        if "mismatch" in words:
+            text = f"certificate and key do not belong together: {where}"
+        elif words.endswith(("too small", "too weak")):  # for the system's policy
+            text = f"couldn't use certificate: {printable(certificate)}: {words}"
+        else:
+            text = f"no key in PEM form, or one with a passphrase: {where}"
+        raise TlsFailure(text) from error
+    except OSError as error:
+        what = f"{printable(key)}: {reason(error)}"
+        raise TlsFailure(f"couldn't read key: {what}") from error
+    return context
+
+
 def server_context(config: Config) -> Optional[ssl.SSLContext]:
     """Return the context for the server's side, None if OutTls is off.
 
@@ -2398,7 +2467,7 @@ class TlsSocket(socket.socket):
         sock: socket.socket,
         context: ssl.SSLContext,
         *,
-        name: Optional[str] = None,
+        name: bytes = b"",
         is_server: bool = False,
         received: bytes = b"",
     ) -> None:
@@ -2407,7 +2476,10 @@ class TlsSocket(socket.socket):
 
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(
-            self._incoming, self._outgoing, server_side=is_server, server_hostname=name
+            self._incoming,
+            self._outgoing,
+            server_side=is_server,
+            server_hostname=name or None,
         )
         self._incoming.write(received)
         self._ahead = b""  # decrypted, but not taken yet
@@ -2708,6 +2780,15 @@ class ClientChannel(Channel):
         self._replies: list[bytes] = []
         self._held = 0
 
+    def encrypt(self, context: ssl.SSLContext, stop: int) -> None:
+        """Start TLS as its server; what has come already belongs to the handshake.
+
+        See `_encrypt`.
+        """
+        received = self.commands.take_all()
+        sock = TlsSocket(self._socket, context, is_server=True, received=received)
+        self._encrypt(sock, stop)
+
     def answer(self, reply: Reply) -> None:
         """Hold a reply until the next `flush`; many are sent at once."""
         self._log.dialogue(self.side, ">", reply)
@@ -2741,13 +2822,13 @@ class ClientChannel(Channel):
         """
         poller = select.poll()
         poller.register(self._socket, select.POLLIN | _HUNG_UP)
-        events = poller.poll(0)
-        if not events:
+        events = sum(event for _, event in poller.poll(0))
+        if not events and not self.tls:  # which may have decrypted the end already
             return False
-        if events[0][1] & _RESET:
+        if events & _RESET:
             return True
         waiting = self._peek(BLOCK)
-        if waiting is None or (waiting and not events[0][1] & _HUNG_UP):
+        if waiting is None or (waiting and not events & _HUNG_UP):
             return False
         # A client that has sent more than a block is in its next message.
         return len(waiting) < BLOCK and not self.commands.ends_in_quit(waiting)
@@ -2909,7 +2990,8 @@ class ServerChannel(Channel):
 
     def encrypt(self, context: ssl.SSLContext, name: str, stop: int) -> None:
         """Start TLS as its client; `name` is the server's.  See `_encrypt`."""
-        self._encrypt(TlsSocket(self._socket, context, name=name or None), stop)
+        sock = TlsSocket(self._socket, context, name=name.encode("ascii"))
+        self._encrypt(sock, stop)
 
 
 def resolve(address: Address, host: str) -> list[tuple[int, Any]]:
@@ -3925,7 +4007,8 @@ class Statistics:
         self._lock = threading.Lock()
         # Nobody sets the second clock.
         self._since, self._begun = begun or (time.time(), time.monotonic())
-        self._counts = dict.fromkeys(("accepted", "refused", "octets"), 0)
+        counted = ("accepted", "refused", "encrypted", "octets")
+        self._counts = dict.fromkeys(counted, 0)
         self._messages: dict[str, int] = {}
         # (when, seconds) of the last messages.
         self._filter_times: deque[tuple[float, float]] = deque(maxlen=TIMES_KEPT)
@@ -3933,7 +4016,7 @@ class Statistics:
         self._in_use = dict.fromkeys(("threads", "descriptors"), 0)
 
     def count(self, what: str, number: int = 1) -> None:
-        """Count connections ("accepted", "refused") or "octets" of messages."""
+        """Count connections ("accepted", "refused", "encrypted"), or "octets"."""
         with self._lock:
             self._counts[what] += number
 
@@ -3999,12 +4082,14 @@ class Statistics:
             server_times = sorted(seconds for _, seconds in self._server_times)
         seconds = time.monotonic() - self._begun
         kinds = "".join(f", {count} {kind}" for kind, count in messages.items())
+        encrypted = self._counts["encrypted"]
         used = {name: number or "unknown" for name, number in self._in_use.items()}
         return [
             f"since {rfc5322_date(self._since)}, {seconds:.0f} seconds",
             f"connections: {connections} now, {peak} at most,"
             f" {self._counts['accepted']} accepted,"
-            f" {self._counts['refused']} refused as too many",
+            f" {self._counts['refused']} refused as too many"
+            + (f", {encrypted} encrypted" if encrypted else ""),
             f"messages: {sum(messages.values())}{kinds};"
             f" {self._counts['octets']} octets",
             f"filter: {describe_times(filter_times)}",
@@ -4555,6 +4640,51 @@ class State(Enum):
     CLOSED = auto()  # nothing any more
 
 
+class TlsState(Enum):
+    """How far the client's side is encrypted (ListenTls).
+
+        off        OFF
+        may        OFFERED  --STARTTLS--> HANDSHAKE --> HELLO_DUE --EHLO--> ENCRYPTED
+        require    REQUIRED --STARTTLS--> HANDSHAKE --> HELLO_DUE --EHLO--> ENCRYPTED
+        implicit   HANDSHAKE --> ENCRYPTED
+
+    Nothing that the client sent in clear is known after the handshake (RFC 3207 4.2).
+    """
+
+    OFF = auto()
+    OFFERED = auto()
+    REQUIRED = auto()
+    HANDSHAKE = auto()  # nothing may go out in clear
+    HELLO_DUE = auto()
+    ENCRYPTED = auto()
+
+
+# For each state the verbs with a refusal, or None for those that are let through, and
+# the refusal of all other verbs.  BDAT's own handler ends the session.
+_TLS_REFUSALS: dict[
+    TlsState, tuple[Mapping[bytes, Optional[Reply]], Optional[Reply]]
+] = {
+    TlsState.OFF: ({}, None),
+    # The server judges its own side: it would offer AUTH for passwords in clear here.
+    TlsState.OFFERED: (dict.fromkeys(AUTH_VERBS, AUTH_NEEDS_TLS), None),
+    TlsState.REQUIRED: (
+        dict.fromkeys((b"EHLO", b"HELO", b"NOOP", b"QUIT", b"STARTTLS", b"BDAT")),
+        TLS_REQUIRED,
+    ),
+    TlsState.HELLO_DUE: (
+        dict.fromkeys((b"EHLO", b"HELO", b"NOOP", b"RSET", b"QUIT", b"BDAT")),
+        HELLO_FIRST,
+    ),
+    TlsState.ENCRYPTED: ({b"STARTTLS": IS_ENCRYPTED}, None),
+}
+_FIRST_TLS_STATES = {
+    TlsMode.OFF: TlsState.OFF,
+    TlsMode.MAY: TlsState.OFFERED,
+    TlsMode.REQUIRE: TlsState.REQUIRED,
+    TlsMode.IMPLICIT: TlsState.HANDSHAKE,
+}
+
+
 class XclientState(Enum):
     """Whether the server has been told the client's address."""
 
@@ -4579,6 +4709,7 @@ class Session:
         self.server: ServerChannel  # from `_connect` on, as the next one
         self.server_peer: Peer
         self._state = State.GREETING
+        self._tls = _FIRST_TLS_STATES[self.config.listen_tls]
         self._envelope = Envelope()
         self._xclient_state = (
             XclientState.DUE if self.config.xclient else XclientState.DONE
@@ -4604,6 +4735,9 @@ class Session:
             if self.config.proxy_protocol:
                 self._read_proxy_header()
             self.log.info(f"accepted connection from: {self.client_peer.host}")
+            if self._tls is TlsState.HANDSHAKE:
+                self._encrypt_client()
+                self._tls = TlsState.ENCRYPTED
             greeting = self._open_server()
             with contextlib.closing(self.server):
                 self._relay_greeting(greeting)
@@ -4621,7 +4755,8 @@ class Session:
 
     def say_last_word(self, hangup: Hangup) -> None:
         """Give the client the reply of a `Hangup`, if it has one; only once."""
-        if hangup.reply is not None and not self._has_said_last_word:
+        is_mute = self._has_said_last_word or self._tls is TlsState.HANDSHAKE
+        if hangup.reply is not None and not is_mute:
             self._has_said_last_word = True
             with contextlib.suppress(ClientLost):
                 self.client.answer(hangup.reply)
@@ -4803,6 +4938,7 @@ class Session:
             else:
                 command = self._parse(line)
                 self.log.dialogue("CLIENT", "<", command.log_as)
+                self._check_tls(command.verb)
                 verb = VERBS.get(command.verb, UNKNOWN_VERB)
                 reply = getattr(self, verb.handler)(command)
         except Refusal as refusal:
@@ -4860,6 +4996,15 @@ class Session:
                 self.server.relay_unsolicited(as_answer=not is_idle)
             if deadline.has_passed:
                 return client in ready
+
+    def _check_tls(self, verb: bytes) -> None:
+        """Refuse what has to wait for TLS, or comes too late."""
+        refusals, of_others = _TLS_REFUSALS[self._tls]
+        refusal = refusals.get(verb, of_others)
+        if refusal is not None and verb == b"DATA":
+            self._refuse_data(refusal)
+        if refusal is not None:
+            raise Refusal(refusal)
 
     def _parse(self, line: bytes) -> Command:
         """Parse a command line; one that is refused is logged here."""
@@ -4931,9 +5076,43 @@ class Session:
             return reply
         self._envelope = Envelope()
         self._server_has_size = offered_attributes(reply, b"SIZE") is not None
+        if self._tls is TlsState.HELLO_DUE:
+            self._tls = TlsState.ENCRYPTED
         return rewrite_hello(
-            reply, extended=is_extended, size=self.config.max_message_size
+            reply,
+            extended=is_extended,
+            size=self.config.max_message_size,
+            starttls=self._tls in (TlsState.OFFERED, TlsState.REQUIRED),
         )
+
+    def _starttls(self, command: Command) -> None:
+        """Encrypt the client's side; what came before is forgotten (RFC 3207)."""
+        if self._tls is TlsState.OFF:
+            self._not_implemented(command)
+        if command.argument:
+            raise Refusal(STARTTLS_ARGUMENT)
+        if self.client.has_spoken():
+            # It would be taken for a command that came encrypted.
+            text = "client sent more behind STARTTLS"
+            raise Hangup(text, NOTHING_BEHIND_STARTTLS)
+        self.answer(READY_FOR_TLS)
+        self.client.flush()
+        self._tls = TlsState.HANDSHAKE
+        self._encrypt_client()
+        # EHLO, which is due, resets the server, too.
+        self._envelope = Envelope()
+        self._is_authenticated = False
+        self._tls = TlsState.HELLO_DUE
+
+    def _encrypt_client(self) -> None:
+        """Shake hands with the client; if that fails, end without a word in clear."""
+        context, draining = self.config.client_tls, self.shared.shutdown.draining
+        assert context is not None  # load_config sees to it
+        try:
+            self.client.encrypt(context, draining.fileno())
+        except (TlsFailure, ShuttingDown) as failure:
+            raise Hangup(f"CLIENT: couldn't start TLS: {failure}") from failure
+        self.shared.statistics.count("encrypted")
 
     def _send_xclient(
         self, offered: Optional[frozenset[bytes]], hello: Optional[Command]
@@ -5027,7 +5206,9 @@ class Session:
         elif self._skips:
             unfiltered = Status.SKIPPED
         self._state = State.DATA
-        variables = envelope.filter_variables(self.client_peer, self.server_peer)
+        variables = envelope.filter_variables(
+            self.client_peer, self.server_peer, self.client.tls
+        )
         Transaction(self.shared, self.log, variables).run(self, envelope, unfiltered)
         if self._state is State.DATA:
             self._state = State.COMMAND
@@ -5109,6 +5290,7 @@ class Session:
             self.client_peer.host,
             self.local_peer.host,
             rfc5322_date(time.time()),
+            self.client.tls,
         )
 
     def log_message(self, envelope: Envelope, status: str) -> None:
@@ -5335,9 +5517,10 @@ class Listener(socketserver.ThreadingTCPServer):
     # Refusing
 
     def _refuse(self, request: socket.socket, reply: Reply) -> None:
-        # It never blocks: the socket's buffer is empty.
+        # It never blocks: the socket's buffer is empty.  A reply would be no TLS.
         with contextlib.suppress(OSError):
-            request.sendall(reply, socket.MSG_DONTWAIT)
+            if self._config.listen_tls is not TlsMode.IMPLICIT:
+                request.sendall(reply, socket.MSG_DONTWAIT)
             request.recv(SMALL_BLOCK, socket.MSG_DONTWAIT)
         self.shutdown_request(request)
 
@@ -5730,6 +5913,7 @@ EXAMPLES = {
     b"RECIPIENTS": b"recipient@example.net",
     b"REMOTE": b"198.51.100.1",
     b"REMOTE_HELO": b"client.example",
+    b"TLS": b"",
 }
 
 
@@ -5822,7 +6006,8 @@ class DryRun:
     def _sent(self, message: Spool, client: str) -> bytes:
         """Return the message that the server would get."""
         date = rfc5322_date(time.time())
-        field = expand_header(self._config.header, client, "127.0.0.1", date)
+        tls = printable(self._given.get(b"TLS", b""))
+        field = expand_header(self._config.header, client, "127.0.0.1", date, tls)
         writer = MailDataWriter(field)
         blocks = [writer.feed(block) for block in message.blocks()]
         return MailDataReader().feed(b"".join([*blocks, writer.finish()]))
@@ -6161,6 +6346,7 @@ def drop_privileges(config: Config, log: Log) -> None:
 
 
 # From linux/prctl.h and linux/capability.h.
+_PR_SET_DUMPABLE = 4
 _PR_SET_KEEPCAPS = 8
 _PR_CAP_AMBIENT = 47
 _PR_CAP_AMBIENT_CLEAR_ALL = 4
@@ -6186,6 +6372,14 @@ def keep_net_admin(change_user: Callable[[], None]) -> None:
         raise SystemRefused(NEEDS_NET_ADMIN) from error
 
 
+def protect_keys(config: Config) -> None:
+    """See that no filter reads a key from our memory (Linux): it may be our user."""
+    if config.client_tls is not None and IS_LINUX:
+        # User may be unable to import ctypes, but a change of the user does the same.
+        with contextlib.suppress(ImportError):
+            _call_libc("prctl", _PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
 _AMBIENT = re.compile(rb"^CapAmb:\s*0*[1-9a-f]", re.MULTILINE)
 
 
@@ -6201,7 +6395,7 @@ def withhold_capabilities() -> None:
 
 
 def _call_libc(name: str, *arguments: Union[int, bytes]) -> None:
-    import ctypes  # only capabilities need it
+    import ctypes  # only capabilities and keys need it
 
     libc = ctypes.CDLL(None, use_errno=True)
     words = [ctypes.c_ulong(a) if isinstance(a, int) else a for a in arguments]
@@ -6647,9 +6841,10 @@ def make_log(options: Options) -> Log:
     return Log(INFO, to_standard_error, to_syslog)
 
 
-def load_config(path: str, log: Log) -> Optional[Config]:
+def load_config(path: str, log: Log, old: Optional[Config] = None) -> Optional[Config]:
     """Read the configuration; log what is wrong with it, and then return None.
 
+    If the key cannot be read any more, as it may be root's, the one in `old` stays.
     Raises `SystemRefused` if there is a file that cannot be read.
     """
     try:
@@ -6670,6 +6865,14 @@ def load_config(path: str, log: Log) -> Optional[Config]:
             config.server_tls = server_context(config)
         except TlsFailure as failure:
             errors.append(ConfigError(str(failure), path))
+        try:
+            config.client_tls = client_context(config)
+        except TlsFailure as failure:
+            config.client_tls = old.client_tls if old is not None else None
+            if config.client_tls is None:
+                errors.append(ConfigError(str(failure), path))
+            else:
+                log.error(f"{failure}; the certificate stays as it was")
     for fault in errors:
         log.error(str(fault))
     return None if errors else config
@@ -6774,6 +6977,7 @@ class Daemon:
         parent = detach() if self._is_detached else None
         self.listener.own()
         write_pid_file(self._pid_file, at_end)
+        protect_keys(config)
         drop_privileges(config, self.log)
         threading.stack_size(STACK_SIZE)
         if parent is not None:
@@ -6815,7 +7019,7 @@ class Daemon:
         self._manager.tell(b"RELOADING=1\nMONOTONIC_USEC=%d" % monotonic)
         config = None
         try:
-            config = load_config(self._path, self.log)
+            config = load_config(self._path, self.log, self.config)
         except SystemRefused as error:
             self.log.error(str(error))
         if config is None:
@@ -6825,6 +7029,7 @@ class Daemon:
             self.config = config
             self._log_warnings()
             raise_descriptor_limit(config)
+            protect_keys(config)
             self.log.notice("configuration reloaded")
         self._manager.tell(b"READY=1")
         return config is not None

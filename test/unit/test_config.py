@@ -157,6 +157,9 @@ DEFAULTS = {
     "Header": "",
     "KeepAlives": "0",
     "Listen": "10025",
+    "ListenCertificate": "",
+    "ListenKey": "",
+    "ListenTls": "off",
     "MaxConnections": "64",
     "MaxMessageSize": "0",
     "OutAddress": "",
@@ -195,7 +198,8 @@ def test_defaults() -> None:
     assert config.proxy_protocol is False
     assert config.out_address == ("25", "", 25, "")
     assert config.out_tls is TlsMode.OFF
-    assert config.server_tls is None
+    assert config.listen_tls is TlsMode.OFF
+    assert config.server_tls is config.client_tls is None
     assert config.pid_file == ""
     assert config.skip_authenticated is False
     assert config.temp_directory == b"/tmp"
@@ -237,6 +241,9 @@ VALUES: dict[str, tuple[str, str, object]] = {
     "listen on a path": ("Listen", "/run/x:y", ("/run/x:y", "", 0, "/run/x:y")),
     "out": ("OutAddress", "192.0.2.1", ("192.0.2.1", "192.0.2.1", 25, "")),
     "out with port": ("OutAddress", "h.x:26", ("h.x:26", "h.x", 26, "")),
+    "certificate": ("ListenCertificate", "/etc//x.pem", b"/etc/x.pem"),
+    "key": ("ListenKey", "/etc/x y.key", b"/etc/x y.key"),
+    "listen, off": ("ListenTls", "OFF", TlsMode.OFF),
     "out, may": ("OutTls", "May", TlsMode.MAY),
     "out, require": ("OutTls", "require", TlsMode.REQUIRE),
     "out, name": ("OutTlsName", "mail.example", "mail.example"),
@@ -358,6 +365,16 @@ BAD_VALUES: dict[str, tuple[list[str], str]] = {
         [""],
         "invalid setting: TempDirectory (must be a directory)",
     ),
+    "ListenCertificate": (
+        [""],
+        "invalid setting: ListenCertificate (must be a file)",
+    ),
+    "ListenKey": ([""], "invalid setting: ListenKey (must be a file)"),
+    "ListenTls": (
+        ["verify", *WORDS],
+        "invalid value for ListenTls"
+        " (must specify 'off' or 'may' or 'require' or 'implicit')",
+    ),
     "OutTls": (
         WORDS,
         "invalid value for OutTls"
@@ -408,6 +425,7 @@ CONTRADICTIONS = {
     "OutTls: implicit\nTransparentProxy: full\nOutTlsName: x.example": (
         "OutTls: implicit cannot be used with TransparentProxy"
     ),
+    "ListenTls: may\nListenKey: /etc/x.key": "ListenTls needs ListenCertificate",
     "OutTls: verify": "OutTls needs OutTlsName here",
     "OutTls: implicit\nOutAddress: /run/x": "OutTls needs OutTlsName here",
 }
