@@ -141,6 +141,7 @@ LINE_KEPT = 1024  # octets of a line of the filter's standard error
 
 LISTEN_QUEUE = 1024
 MOST_SOCKET_PATH = 107 if IS_LINUX else 103  # octets of sun_path without its NUL
+EXPIRY_NOTICE = 14  # days before a certificate expires
 CHECK_SECONDS = 3.0  # for -t to connect to the server, and again for its replies
 NOTIFY_SECONDS = 1.0  # to wait for a busy service manager
 MAX_SECONDS = 2_000_000  # 23 days; poll takes milliseconds as an int
@@ -1479,6 +1480,7 @@ class ProxyHeader(NamedTuple):
     length: int  # in octets
     client: Optional[Peer] = None  # None: the one that has connected to us
     local: Optional[Peer] = None
+    tls: str = ""  # protocol and cipher of the client's connection to the sender
 
     @classmethod
     def parse(cls, octets: bytes) -> Optional[ProxyHeader]:
@@ -1504,6 +1506,10 @@ _PROXY_1_LINE = re.compile(
 _PROXY_2_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
 _PROXY_2_FIXED = struct.Struct("!12sBBH")
 _CRC32C_TYPE = 3
+_TLS_TYPE, _TLS_VERSION_TYPE, _TLS_CIPHER_TYPE = 0x20, 0x21, 0x23
+_TLS_START = 5  # octets of its field before others: flags, and how verification went
+_TLS_USED = 1  # of the flags
+_TLS_WORD = re.compile(rb"[!-~]{1,64}")
 _PROXY_2_LOCAL, _PROXY_2_PROXY = 0x20, 0x21
 # Of a stream's two families: the family, and an address's octets.
 _PROXY_2_FAMILIES = {0x11: (socket.AF_INET, 4), 0x21: (socket.AF_INET6, 16)}
@@ -1555,22 +1561,37 @@ def _parse_proxy_2(octets: bytes) -> Optional[ProxyHeader]:
         raise BadProxyHeader("no room for its addresses")
     hosts = octets[start : start + size], octets[start + size : start + 2 * size]
     ports = struct.unpack_from("!HH", octets, start + 2 * size)
-    _check_proxy_2(octets[:length], start + 2 * size + 4)
+    tls = _check_proxy_2(octets[:length], start + 2 * size + 4)
     client, local = map(_numeric_peer, (family, family), hosts, ports)
-    return ProxyHeader(length, client, local)
+    return ProxyHeader(length, client, local, tls)
 
 
-def _check_proxy_2(header: bytes, start: int) -> None:
-    """Check that the fields after the addresses are whole, and the checksum."""
-    while start < len(header):
-        kind, size = struct.unpack("!BH", header[start : start + 3].ljust(3, b"\xff"))
-        end = start + 3 + size
-        if end > len(header):
-            raise BadProxyHeader("a field without end")
+def _check_proxy_2(header: bytes, start: int) -> str:
+    """Check the fields after the addresses, and the checksum; return the client's TLS.
+
+    That is its protocol and cipher, as far as they are known.
+    """
+    words: dict[int, bytes] = {}
+    for kind, begin, end in _proxy_2_fields(header, start):
         if kind == _CRC32C_TYPE:
-            blank = header[: start + 3] + bytes(size) + header[end:]
-            if header[start + 3 : end] != crc32c(blank).to_bytes(4, "big"):
+            blank = header[:begin] + bytes(end - begin) + header[end:]
+            if header[begin:end] != crc32c(blank).to_bytes(4, "big"):
                 raise BadProxyHeader("wrong checksum")
+        elif kind == _TLS_TYPE and begin < end and header[begin] & _TLS_USED:
+            for inner, *place in _proxy_2_fields(header[:end], begin + _TLS_START):
+                words[inner] = header[slice(*place)]
+    known = [words.get(kind, b"") for kind in (_TLS_VERSION_TYPE, _TLS_CIPHER_TYPE)]
+    return b" ".join(filter(_TLS_WORD.fullmatch, known)).decode("ascii")
+
+
+def _proxy_2_fields(octets: bytes, start: int) -> Iterator[tuple[int, int, int]]:
+    """Yield the fields' types, and where their values begin and end."""
+    while start < len(octets):
+        kind, size = struct.unpack("!BH", octets[start : start + 3].ljust(3, b"\xff"))
+        end = start + 3 + size
+        if end > len(octets):
+            raise BadProxyHeader("a field without end")
+        yield kind, start + 3, end
         start = end
 
 
@@ -1865,6 +1886,7 @@ class TlsMode(Enum):
 
 # The modes in which the server's certificate is verified.
 _VERIFYING = (TlsMode.VERIFY, TlsMode.IMPLICIT)
+_BY_STARTTLS = (TlsMode.MAY, TlsMode.REQUIRE, TlsMode.VERIFY)
 
 
 class Config:
@@ -2350,8 +2372,10 @@ def reason(error: OSError) -> str:
 # TLS (RFC 8446)
 # ---------------------------------------------------------------------------
 
-# OpenSSL's X509_V_FLAG_PARTIAL_CHAIN, which Python has from 3.10 on.
+# OpenSSL's X509_V_FLAG_PARTIAL_CHAIN, which Python has from 3.10 on, and
+# X509_V_FLAG_NO_CHECK_TIME.
 _PARTIAL_CHAIN = 0x80000
+_NO_CHECK_TIME = 0x200000
 
 
 def tls_context(*, is_server: bool) -> ssl.SSLContext:
@@ -2442,6 +2466,29 @@ def read_certificates(path: bytes) -> str:
     except (ssl.SSLError, ValueError) as error:
         raise TlsFailure(f"no certificate in PEM form: {printable(path)}") from error
     return text
+
+
+def expiry_of(context: ssl.SSLContext, path: bytes) -> float:
+    """Return when the certificate of the clients' context expires, as `time.time` does.
+
+    `path` is its file.  Python shows the certificates of peers alone, so the context
+    shakes hands with one that trusts it.  Raises `TlsFailure` or ssl.SSLError.
+    """
+    import ssl
+
+    trusting = tls_context(is_server=False)
+    trusting.check_hostname = False
+    trusting.verify_flags |= _PARTIAL_CHAIN | _NO_CHECK_TIME
+    trusting.load_verify_locations(cadata=read_certificates(path))
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    server = context.wrap_bio(to_server, to_client, server_side=True)
+    client = trusting.wrap_bio(to_client, to_server)
+    for side in (client, server, client, server):
+        with contextlib.suppress(ssl.SSLWantReadError):
+            side.do_handshake()
+    certificate = client.getpeercert()
+    assert certificate is not None  # since it is verified
+    return ssl.cert_time_to_seconds(str(certificate["notAfter"]))
 
 
 def tls_reason(error: OSError) -> str:
@@ -2727,7 +2774,7 @@ class Channel:
     def _broken(self, what: str) -> Hangup:
         return self.lost(f"{self.side}: {what}", self.broken)
 
-    def _encrypt(self, sock: TlsSocket, stop: int) -> None:
+    def _encrypt(self, sock: TlsSocket, *stop: int) -> None:
         """Go on in TLS from now on, by `sock`, which has taken our socket's place.
 
         Raises `TlsFailure` if the handshake fails, or takes longer than the time limit,
@@ -2737,8 +2784,8 @@ class Channel:
         self._socket = sock
         deadline = Deadline(self._timeout)
         while not sock.shake_hands():
-            ready = await_readable(deadline.left, sock.fileno(), stop)
-            if stop in ready:
+            ready = await_readable(deadline.left, sock.fileno(), *stop)
+            if any(descriptor in ready for descriptor in stop):
                 raise ShuttingDown
             if not ready or deadline.has_passed:
                 raise TlsFailure("timed out")
@@ -2988,10 +3035,10 @@ class ServerChannel(Channel):
         """Return whether an unsolicited reply, or the connection's end, has come."""
         return self.has_more or self._peek() is not None
 
-    def encrypt(self, context: ssl.SSLContext, name: str, stop: int) -> None:
+    def encrypt(self, context: ssl.SSLContext, name: str, *stop: int) -> None:
         """Start TLS as its client; `name` is the server's.  See `_encrypt`."""
         sock = TlsSocket(self._socket, context, name=name.encode("ascii"))
-        self._encrypt(sock, stop)
+        self._encrypt(sock, *stop)
 
 
 def resolve(address: Address, host: str) -> list[tuple[int, Any]]:
@@ -4705,7 +4752,8 @@ class Session:
         self.log = shared.log.with_prefix(f"{number:06X}: ")
         self.client = ClientChannel(sock, self.config.timeout, self.log)
         self.client_peer = Peer.of(sockaddr)
-        self._local_peer: Optional[Peer] = None  # from a PROXY header
+        self._local_peer: Optional[Peer] = None  # from a PROXY header, as the next one
+        self._outer_tls = ""
         self.server: ServerChannel  # from `_connect` on, as the next one
         self.server_peer: Peer
         self._state = State.GREETING
@@ -4728,6 +4776,11 @@ class Session:
     def local_peer(self) -> Peer:
         """The end of the connection that the client connected to."""
         return self._local_peer or self.client.local_peer()
+
+    @property
+    def client_tls(self) -> str:
+        """Protocol and cipher of the client's side; empty if it is in clear."""
+        return self.client.tls or self._outer_tls
 
     def run(self) -> None:
         """Relay until one side, or the shutdown, ends the session."""
@@ -4790,6 +4843,7 @@ class Session:
         if header.client is not None:
             self.log.debug(f"PROXY header from: {source}")
             self.client_peer, self._local_peer = header.client, header.local
+            self._outer_tls = header.tls
 
     def _open_server(self) -> Reply:
         """Connect to the server, encrypted as OutTls wants it; return its greeting.
@@ -4808,7 +4862,7 @@ class Session:
                     text = f"couldn't start TLS: {fault}"
                     raise self._not_encrypted(text) from fault
             greeting = self.server.read_reply()
-            if greeting.code == 220 and mode not in (TlsMode.OFF, TlsMode.IMPLICIT):
+            if greeting.code == 220 and mode in _BY_STARTTLS:
                 greeting = self._start_server_tls(greeting)
             on_failure.pop_all()
         return greeting
@@ -5207,7 +5261,7 @@ class Session:
             unfiltered = Status.SKIPPED
         self._state = State.DATA
         variables = envelope.filter_variables(
-            self.client_peer, self.server_peer, self.client.tls
+            self.client_peer, self.server_peer, self.client_tls
         )
         Transaction(self.shared, self.log, variables).run(self, envelope, unfiltered)
         if self._state is State.DATA:
@@ -5290,7 +5344,7 @@ class Session:
             self.client_peer.host,
             self.local_peer.host,
             rfc5322_date(time.time()),
-            self.client.tls,
+            self.client_tls,
         )
 
     def log_message(self, envelope: Envelope, status: str) -> None:
@@ -6437,6 +6491,8 @@ def warnings_of(config: Config) -> list[str]:
     complaint = shell_complaint(config.filter_command)
     if complaint:
         found.append(f"FilterCommand is refused by the shell: {complaint}")
+    if config.client_tls is not None:
+        found += _certificate_warnings(config.client_tls, config.listen_certificate)
     if config.out_tls_trust and config.out_tls not in _VERIFYING:
         found.append("OutTlsTrust has no use unless OutTls is verify or implicit")
     if config.is_transparent and config.out_address is not None:
@@ -6444,6 +6500,19 @@ def warnings_of(config: Config) -> list[str]:
             "the OutAddress option will be ignored when TransparentProxy is enabled"
         )
     return found
+
+
+def _certificate_warnings(context: ssl.SSLContext, path: bytes) -> list[str]:
+    """Return a warning if a certificate has expired, or soon will."""
+    try:
+        left = expiry_of(context, path) - time.time()
+    except (TlsFailure, OSError):
+        return []  # the file is another one by now
+    name = f"certificate {printable(path)}"
+    if left <= 0:
+        return [f"{name} has expired"]
+    days = int(left // 86400)
+    return [f"{name} expires in {days} days"] if days < EXPIRY_NOTICE else []
 
 
 def _directory_warnings(directory: bytes, user: str) -> list[str]:
@@ -6557,6 +6626,37 @@ class CheckedChannel(ServerChannel):
         super().__init__(sock, seconds, Log(ERROR))
         self._all = Deadline(seconds)
 
+    def read_greeting(self) -> Reply:
+        """Return the greeting; `TlsFailure` if the server waits for a handshake."""
+        try:
+            return self.read_reply()
+        except ServerLost:
+            if self.tls or not self._takes_tls():
+                raise
+            text = "speaks TLS at once; set OutTls: implicit"
+            raise TlsFailure(text) from None
+
+    def _takes_tls(self) -> bool:
+        """Return whether the server shakes hands, whatever its certificate is."""
+        config = default_config()
+        config.out_tls = TlsMode.REQUIRE
+        try:
+            config.server_tls = server_context(config)
+            self.start_tls(config)
+        except TlsFailure:
+            return False
+        return True
+
+    def start_tls(self, config: Config, reply: Reply = READY_FOR_TLS) -> None:
+        """Shake hands, if the reply to STARTTLS allows it; `TlsFailure` if not."""
+        assert config.server_tls is not None  # load_config sees to it
+        try:
+            if reply.code != 220:
+                raise TlsFailure(reply.text)
+            self.encrypt(config.server_tls, config.server_name)
+        except TlsFailure as failure:
+            raise TlsFailure(f"cannot be encrypted to: {failure}") from failure
+
     def _wait(self, deadline: Deadline) -> bytes:  # noqa: ARG002
         left = max(0.001, self._all.left)  # 0 would be no limit
         set_timeout(self._socket, socket.SO_RCVTIMEO, left)
@@ -6574,16 +6674,28 @@ def server_warnings(config: Config) -> list[str]:
         sock, _ = connect(targets, CHECK_SECONDS)
         server = CheckedChannel(sock, CHECK_SECONDS)
         with contextlib.closing(server):
-            greeting = server.read_reply()
+            if config.out_tls is TlsMode.IMPLICIT:
+                server.start_tls(config)
+            greeting = server.read_greeting()
             if not greeting.is_success:
                 return [f"{name} does not take mail from here: {greeting.text}"]
             hello = server.ask(b"EHLO " + HELLO)
+            can_start = offered_attributes(hello, b"STARTTLS") is not None
+            if can_start and config.out_tls in _BY_STARTTLS:
+                server.start_tls(config, server.ask(b"STARTTLS"))
+                hello = server.ask(b"EHLO " + HELLO)
             server.send(b"QUIT\r\n")
+    except TlsFailure as failure:
+        return [f"{name} {failure}"]
     except OSError as error:
         return [f"{name} cannot be connected to: {reason(error)}"]
     except ServerLost as error:
         return [f"{name} does not talk SMTP: {error}"]
-    wanted = {b"XCLIENT": config.xclient, b"XFORWARD": bool(config.filter_command)}
+    wanted = {
+        b"STARTTLS": config.out_tls in _BY_STARTTLS and not server.tls,
+        b"XCLIENT": config.xclient,
+        b"XFORWARD": bool(config.filter_command),
+    }
     return [
         f"{name} does not offer {extension.decode()}"
         for extension, is_wanted in wanted.items()

@@ -14,6 +14,7 @@ import shutil
 import signal
 import socket
 import ssl
+import struct
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any, Callable, NamedTuple
 
 import pytest
 
+import proxsmtpd as program
 from helpers import (
     GREETING,
     MEGABYTE,
@@ -1119,3 +1121,136 @@ def test_memory_with_a_key_is_not_for_the_filter(
         daemon.process.send_signal(signal.SIGUSR1)
         daemon.wait_log(r"statistics: threads: \d+, descriptors: \d+$")
     assert owners == [user.pw_uid, 0]
+
+
+# --- What -t and the start find ---
+
+
+def check(directory: Path, settings: Mapping[str, object]) -> str:
+    """Return the warnings of -t."""
+    config = directory / "proxsmtpd.conf"
+    config.write_text("".join(f"{name}: {value}\n" for name, value in settings.items()))
+    result = run("-t", "-f", config)
+    assert (result.returncode, result.stdout) == (0, "configuration is OK\n")
+    return str(result.stderr)
+
+
+@pytest.mark.parametrize(
+    ("name", "warning"),
+    [
+        ("good", ""),
+        ("expired", r"certificate \S+ has expired"),
+        ("expiring", r"certificate \S+ expires in [45] days"),
+    ],
+)
+def test_end_of_a_certificate(
+    name: str,
+    warning: str,
+    certificates: Certificates,
+    proxsmtpd: StartDaemon,
+    server: ScriptedServer,
+    tmp_path: Path,
+) -> None:
+    settings = listen_tls("may", certificates.path(name), OutAddress=server.address)
+    found = check(tmp_path, settings)
+    assert re.fullmatch(f"(proxsmtpd: {warning}\n)?" if warning else "", found)
+    assert bool(found) == bool(warning)
+    daemon = proxsmtpd(settings, level=1)
+    assert ("certificate" in daemon.log()) == bool(warning)
+
+
+# OutTls, what stands at OutAddress, and the warning about it.
+CHECKS = [
+    ("off", "starttls", ""),
+    ("off", "implicit", "speaks TLS at once; set OutTls: implicit"),
+    ("may", "starttls", ""),
+    ("may", "clear", "does not offer STARTTLS"),
+    ("may", "closes", "cannot be encrypted to: connection closed by peer"),
+    ("require", "refuses", "cannot be encrypted to: 454 4.7.0 TLS not available"),
+    ("require", "implicit", "speaks TLS at once; set OutTls: implicit"),
+    ("verify", "starttls", ""),
+    ("verify", "expired", "cannot be encrypted to: certificate has expired"),
+    ("implicit", "implicit", ""),
+    ("implicit", "clear", "cannot be encrypted to: wrong version number"),
+]
+
+
+@pytest.mark.parametrize(("mode", "upstream", "warning"), CHECKS)
+def test_check_tries_the_server(
+    mode: str,
+    upstream: str,
+    warning: str,
+    certificates: Certificates,
+    make_server: MakeServer,
+    tmp_path: Path,
+) -> None:
+    address = make_server(UPSTREAMS[upstream](certificates)).address
+    found = check(tmp_path, out_tls(mode, certificates, OutAddress=address))
+    name = f"proxsmtpd: OutAddress {address}"
+    assert found == (f"{name} {warning}\n" if warning else "")
+
+
+def test_check_looks_at_the_encrypted_list(
+    certificates: Certificates, make_server: MakeServer, tmp_path: Path
+) -> None:
+    script = UPSTREAMS["starttls"](certificates)
+    script["EHLO"] = hello_by_tls([b"STARTTLS"], [b"XCLIENT ADDR"])
+    address = make_server(script).address
+    settings = out_tls("require", certificates, OutAddress=address, XClient="on")
+    assert check(tmp_path, settings) == ""
+
+
+def test_check_warns_of_trust_without_use(
+    certificates: Certificates, server: ScriptedServer, tmp_path: Path
+) -> None:
+    settings = {"OutAddress": server.address, "OutTlsTrust": certificates.ca}
+    text = "OutTlsTrust has no use unless OutTls is verify or implicit"
+    assert check(tmp_path, settings) == f"proxsmtpd: {text}\n"
+
+
+# --- TLS in a PROXY header ---
+
+V2 = b"\r\n\r\n\0\r\nQUIT\n\x21\x11"
+ENDS = bytes([192, 0, 2, 7, 192, 0, 2, 1]) + struct.pack("!HH", 4711, 465)
+
+
+def field(kind: int, value: bytes) -> bytes:
+    return struct.pack("!BH", kind, len(value)) + value
+
+
+def tls_field(*fields: bytes, flags: int = 1) -> bytes:
+    return field(0x20, struct.pack("!BI", flags, 0) + b"".join(fields))
+
+
+VERSION, CIPHER_NAME = field(0x21, b"TLSv1.3"), field(0x23, b"TLS_AES_256_GCM_SHA384")
+PROXY_FIELDS = {
+    "both": (tls_field(VERSION, CIPHER_NAME), "TLSv1.3 TLS_AES_256_GCM_SHA384"),
+    "cipher first": (
+        tls_field(CIPHER_NAME, field(0x22, b"cn"), VERSION),
+        "TLSv1.3 TLS_AES_256_GCM_SHA384",
+    ),
+    "version alone": (tls_field(VERSION), "TLSv1.3"),
+    "nothing": (tls_field(), ""),
+    "not used": (tls_field(VERSION, flags=0), ""),
+    "empty": (field(0x20, b""), ""),
+    "cut": (field(0x20, b"\1\0"), ""),
+    "control characters": (tls_field(field(0x21, b"x\r\nEvil: y")), ""),
+    "no field": (b"", ""),
+    "after another": (field(4, b"xx") + tls_field(VERSION), "TLSv1.3"),
+}
+
+
+@pytest.mark.parametrize(
+    ("fields", "tls"), PROXY_FIELDS.values(), ids=PROXY_FIELDS.keys()
+)
+def test_tls_of_a_proxy_header(fields: bytes, tls: str) -> None:
+    rest = ENDS + fields
+    header = program.ProxyHeader.parse(V2 + struct.pack("!H", len(rest)) + rest)
+    assert header is not None
+    assert header.tls == tls
+
+
+def test_broken_tls_field_of_a_proxy_header() -> None:
+    rest = ENDS + tls_field(VERSION[:-1])
+    with pytest.raises(program.BadProxyHeader):
+        program.ProxyHeader.parse(V2 + struct.pack("!H", len(rest)) + rest)
