@@ -2552,9 +2552,6 @@ class TlsSocket(socket.socket):
             self._send_pending()
             return False
         except OSError as error:
-            # The peer learns the reason from the alert that OpenSSL has written.
-            with contextlib.suppress(OSError):
-                self._send_pending()
             raise TlsFailure(tls_reason(error)) from error
         return True
 
@@ -2611,8 +2608,6 @@ class TlsSocket(socket.socket):
         except ssl.SSLError as error:
             # What came before it is good; it will be wrong the next time, too.
             if not any(octets):
-                with contextlib.suppress(OSError):
-                    self._send_pending()
                 raise OSError(errno.EPROTO, tls_reason(error)) from error
         self._ahead = b"".join(octets)
         self._send_pending()  # an answer of the protocol's own, if there is any
@@ -2635,7 +2630,10 @@ class TlsSocket(socket.socket):
             super().sendall(self._outgoing.read(), flags)
 
     def _announce_end(self) -> None:
-        """Send the alert close_notify (RFC 8446 6.1), if that does not block."""
+        """Send the alert close_notify (RFC 8446 6.1), if that does not block.
+
+        After a failure it is the alert with the reason, which OpenSSL has written then.
+        """
         with contextlib.suppress(OSError):
             self._tls.unwrap()  # wants to read the peer's, which is no error
         with contextlib.suppress(OSError):
