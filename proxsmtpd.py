@@ -1881,7 +1881,7 @@ class TlsMode(Enum):
     MAY = "may"  # by STARTTLS, if both want it
     REQUIRE = "require"  # by STARTTLS, or there is no mail; any certificate will do
     VERIFY = "verify"  # as before, and the server's certificate is verified
-    IMPLICIT = "implicit"  # from the first octet, and verified
+    IMPLICIT = "implicit"  # from the first octet; the server's is verified, too
 
 
 # The modes in which the server's certificate is verified.
@@ -2543,13 +2543,14 @@ class TlsSocket(socket.socket):
         try:
             with contextlib.suppress(BlockingIOError):
                 self._receive(socket.MSG_DONTWAIT)
-            self._tls.do_handshake()
-            self._send_pending()
+            try:
+                self._tls.do_handshake()
+            finally:
+                self._send_pending()  # also the alert that tells why it has failed
             self._decrypt()
         except ssl.SSLWantReadError:
             if self._is_at_end:
                 raise TlsFailure("connection closed by peer") from None
-            self._send_pending()
             return False
         except OSError as error:
             raise TlsFailure(tls_reason(error)) from error
@@ -6428,7 +6429,7 @@ def protect_keys(config: Config) -> None:
     """See that no filter reads a key from our memory (Linux): it may be our user."""
     if config.client_tls is not None and IS_LINUX:
         # User may be unable to import ctypes, but a change of the user does the same.
-        with contextlib.suppress(ImportError):
+        with contextlib.suppress(ImportError, OSError):
             _call_libc("prctl", _PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 

@@ -46,7 +46,7 @@ from helpers import (
     stuffed,
     unstuffed,
 )
-from smtp import Close, RawClient, Recorded, ScriptedServer, Stall
+from smtp import Close, RawClient, Recorded, ScriptedServer, Stall, reset
 from tls import (
     HOST,
     READY,
@@ -848,6 +848,25 @@ def test_nothing_in_clear_while_a_proxy_header_is_due(
 
 def has_session(daemon: Daemon) -> bool:
     return len(os.listdir(f"/proc/{daemon.process.pid}/task")) > 1
+
+
+def test_reset_in_the_handshake(
+    certificates: Certificates, proxsmtpd: StartDaemon
+) -> None:
+    """It may be seen while we read, or while we write."""
+    daemon = proxsmtpd(listen_tls("implicit", certificates.path("good")))
+    tls = client_context().wrap_bio(ssl.MemoryBIO(), begun := ssl.MemoryBIO())
+    with pytest.raises(ssl.SSLWantReadError):
+        tls.do_handshake()
+    octets = begun.read()
+    for _ in range(20):
+        client = daemon.connect()
+        client.send(octets)
+        reset(client.sock)
+        daemon.wait_log("CLIENT: couldn't start TLS: (Connection reset|Broken pipe)")
+        daemon.wait_log("CLIENT connection closed")
+        assert "session failed" not in daemon.log()
+        daemon.forget_log()
 
 
 def test_last_reply_is_read_though_more_is_on_its_way(
