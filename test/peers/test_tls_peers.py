@@ -5,6 +5,7 @@ client -- ListenTls -- proxsmtpd -- OutTls -- server
 
 from __future__ import annotations
 
+import re
 import shutil
 import smtplib
 import subprocess
@@ -16,7 +17,7 @@ from typing import Callable
 
 import pytest
 
-from haproxy import HAPROXY, HAProxy, listen_section
+from haproxy import HAPROXY, LISTEN, HAProxy
 from helpers import (
     MESSAGE,
     PEER_PATIENCE,
@@ -29,6 +30,7 @@ from helpers import (
     requires,
     reserve_port,
 )
+from manual import section
 from mtas import EXIM, Peer
 from postfix import (
     POSTFIX,
@@ -383,6 +385,14 @@ def test_exim_as_server(mode: str, readable: Path, proxsmtpd: StartDaemon) -> No
 # --- HAProxy ---
 
 
+def lines_of_the_manual() -> list[str]:
+    """Return the two lines of HAProxy's section that the manual has for TLS."""
+    text = section("proxsmtpd.8", "Encrypted connections")
+    found = re.findall(r"^ +(?:bind|default-server) .*\n", text, re.M)
+    assert len(found) == 2
+    return found
+
+
 @requires("haproxy", HAPROXY)
 def test_haproxy_that_ends_tls(
     certificates: Certificates,
@@ -395,11 +405,14 @@ def test_haproxy_that_ends_tls(
     daemon = proxsmtpd({"ProxyProtocol": "on", "FilterCommand": tell})
     with reserve_port() as holder:
         address = f"127.0.0.1:{port_of(holder)}"
-        section = listen_section(
-            f"{address} ssl crt {certificates.path('good')}",
-            {"a": f"127.0.0.1:{daemon.port} no-check send-proxy-v2-ssl"},
+        bind, default = lines_of_the_manual()
+        bind = bind.replace(":465", address).replace(
+            "/etc/haproxy/mail.example.pem", certificates.path("good")
         )
-        with HAProxy(tmp_path, section, address):
+        listen = re.sub(r" +bind .*\n", bind, LISTEN)
+        listen = re.sub(r" +default-server .*\n", default, listen)
+        listen += f"    server a 127.0.0.1:{daemon.port}\n"
+        with HAProxy(tmp_path, listen, address):
             done = subprocess.run(
                 python("implicit")(port_of(holder), certificates.ca),
                 input=MESSAGE,
@@ -409,4 +422,4 @@ def test_haproxy_that_ends_tls(
             )
             assert done.returncode == 0, done.stderr
     assert server.wait_message().data.startswith(b"X-TLS: TLSv1.3")
-    daemon.wait_log(r"accepted connection from: 127\.0\.0\.1$")
+    daemon.wait_log(r"PROXY header from: 127\.0\.0\.1$")
