@@ -23,6 +23,10 @@ a session's thread owns its two sockets, its spools and its filter.  The session
 process have `Shared` in common, with `Shutdown`, which ends them and their filters; all
 processes have `ConnectionLimit` in common.
 
+TLS.  Where a side is encrypted, its channel has a `TlsSocket` in place of its socket,
+and nothing else changes.  The module ssl is imported only for that, and each function
+that needs it imports it for itself.
+
 Where to begin reading: `VERBS` and `Session` are the dialogue, `Transaction` is the
 message, `FilterRun` the filter, `SETTINGS` the configuration, `Daemon` the process.
 The sections before "The log" do no input and output.  Octets on the wire are bytes;
@@ -68,7 +72,19 @@ import traceback
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from enum import Enum, auto
-from typing import Any, Callable, NamedTuple, NoReturn, Optional, TypeVar, Union
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    NamedTuple,
+    NoReturn,
+    Optional,
+    TypeVar,
+    Union,
+)
+
+if TYPE_CHECKING:
+    import ssl
 
 # ---------------------------------------------------------------------------
 # Constants
@@ -204,6 +220,7 @@ class Reply(bytes):
 GREETING = Reply.of(b"220 smtp.passthru")
 GREETING_ESMTP = Reply.of(b"220 smtp.passthru ESMTP")
 HELLO = b"smtp.passthru"
+READY_FOR_TLS = Reply.of(b"220 Ready to start TLS")
 START_INPUT = Reply.of(b"354 Start mail input; end with <CRLF>.<CRLF>")
 BUSY = Reply.of(b"421 Server busy, too many connections")
 NO_THREAD = Reply.of(b"421 Local Error, cannot start thread")
@@ -213,6 +230,7 @@ NO_DESTINATION = Reply.of(b"421 No original destination to connect to")
 SERVER_LOST = Reply.of(b"421 Connection to server lost")
 SERVER_TIMED_OUT = Reply.of(b"421 Server timed out")
 SERVER_CONFUSED = Reply.of(b"421 Server gave an unusable reply")
+CANNOT_ENCRYPT = Reply.of(b"421 Connection to server cannot be encrypted")
 CLIENT_TIMED_OUT = Reply.of(b"421 Timed out waiting for client")
 CLIENT_GONE = Reply.of(
     b"421 Client closed the connection before the message was accepted"
@@ -227,8 +245,16 @@ UNRECOGNIZED = Reply.of(b"500 Command unrecognized")
 BARE_LINE_FEED = Reply.of(b"500 Lines must end in CRLF")
 BAD_ADDRESS = Reply.of(b"501 Syntax error in address or parameters")
 DATA_ARGUMENT = Reply.of(b"501 DATA takes no argument")
+STARTTLS_ARGUMENT = Reply.of(b"501 STARTTLS takes no argument")
 NOT_IMPLEMENTED = Reply.of(b"502 Command not implemented")
 NO_TRANSACTION = Reply.of(b"503 DATA needs an accepted MAIL and RCPT first")
+HELLO_FIRST = Reply.of(b"503 EHLO has to come first after STARTTLS")
+IS_ENCRYPTED = Reply.of(b"503 Connection is encrypted already")
+TLS_REQUIRED = Reply.of(b"530 5.7.0 Must issue a STARTTLS command first")
+AUTH_NEEDS_TLS = Reply.of(
+    b"538 5.7.11 Encryption required for requested authentication mechanism"
+)
+NOTHING_BEHIND_STARTTLS = Reply.of(b"554 Nothing may be sent behind STARTTLS")
 INSUFFICIENT_AUTHORIZATION = Reply.of(b"554 Insufficient authorization")
 TOO_MANY_ERRORS = Reply.of(b"421 Too many errors")
 UNEXPECTED_DATA = Reply.of(b"554 Unexpected mail data after a refused DATA")
@@ -289,6 +315,10 @@ class BadProxyHeader(ProxsmtpdError):
 
 class BadReply(ProxsmtpdError):
     """The server sent something that is not an SMTP reply (RFC 5321 4.2)."""
+
+
+class TlsFailure(ProxsmtpdError):
+    """A connection could not be encrypted."""
 
 
 class Hangup(ProxsmtpdError):
@@ -484,8 +514,9 @@ VERBS: dict[bytes, Verb] = {
     b"BURL": Verb("_not_implemented", Match.PREFIX, (b"BURL",), is_secret=True),
     b"XEXCH50": Verb("_not_implemented", hides=(b"XEXCH50",)),
     b"LHLO": Verb("_not_implemented"),
-    # Encryption, which would hide the dialogue from us.
-    b"STARTTLS": Verb("_not_implemented", hides=(b"STARTTLS", b"REQUIRETLS")),
+    # Encryption of the client's side, which is ours to do.  REQUIRETLS promises what
+    # no filter can keep (RFC 8689).
+    b"STARTTLS": Verb("_starttls", hides=(b"STARTTLS", b"REQUIRETLS")),
     b"X-ANONYMOUSTLS": Verb("_not_implemented", hides=(b"X-ANONYMOUSTLS",)),
     # The client and the server change their parts.
     b"TURN": Verb("_not_implemented"),
@@ -496,6 +527,7 @@ VERBS: dict[bytes, Verb] = {
     b"PROXY": Verb("_privileged"),  # Haraka
     b"INTERNALCMD": Verb("_privileged", is_secret=True),  # Haraka
 }
+AUTH_VERBS = frozenset(name for name, verb in VERBS.items() if verb.handler == "_auth")
 UNKNOWN_VERB = Verb("_relay", is_secret=True)
 
 # Extensions without a verb that change what a reply or the mail data means, and
@@ -942,12 +974,15 @@ def hide_greeting(reply: Reply) -> Reply:
     return GREETING_ESMTP if is_extended else GREETING
 
 
-def rewrite_hello(reply: Reply, *, extended: bool, size: int = 0) -> Reply:
+def rewrite_hello(
+    reply: Reply, *, extended: bool, size: int = 0, starttls: bool = False
+) -> Reply:
     """Return the server's 250 to EHLO (`extended`) or HELO, for the client.
 
     The first line hides the server's name (RFC 5321 4.1.1.1).  Service extensions that
     cannot pass are removed, PIPELINING, which we implement, is added (RFC 2920), and so
-    is SIZE if `size` is not 0: the smaller of that and the server's (RFC 1870).
+    is SIZE if `size` is not 0: the smaller of that and the server's (RFC 1870).  With
+    `starttls`, that is offered (RFC 3207), and no authentication before it is used.
     """
     texts = [line[4:] for line in reply.lines[1:]]
     if extended:
@@ -956,6 +991,9 @@ def rewrite_hello(reply: Reply, *, extended: bool, size: int = 0) -> Reply:
             limit = smaller_limit(offered_attributes(reply, b"SIZE"), size)
             texts = [text for text in texts if _keyword(text) != b"SIZE"]
             texts.insert(0, b"SIZE %d" % limit)
+        if starttls:
+            texts = [text for text in texts if _keyword(text) not in AUTH_VERBS]
+            texts.insert(0, b"STARTTLS")
         texts.insert(0, b"PIPELINING")
     texts.insert(0, HELLO)
     return Reply.of(*(b"250-" + text for text in texts[:-1]), b"250 " + texts[-1])
@@ -1379,7 +1417,7 @@ class MailDataWriter:
 _ESCAPE = re.compile(r"\\([rnt\\])")
 _ESCAPES = {"r": "\r", "n": "\n", "t": "\t", "\\": "\\"}
 _SYMBOL = re.compile(rb"%(.)", re.DOTALL)
-HEADER_SYMBOLS = frozenset((b"i", b"l", b"d", b"%"))
+HEADER_SYMBOLS = frozenset((b"i", b"l", b"d", b"t", b"%"))
 
 
 def unescape(text: str) -> str:
@@ -1392,15 +1430,17 @@ def unknown_symbols(template: bytes) -> list[bytes]:
     return [s for s in _SYMBOL.findall(template) if s not in HEADER_SYMBOLS]
 
 
-def expand_header(template: bytes, client: str, local: str, date: str) -> bytes:
+def expand_header(
+    template: bytes, client: str, local: str, date: str, tls: str = ""
+) -> bytes:
     """Return the header field for one message, its lines ended by CRLF.
 
-    `client` and `local` are addresses, `date` is a date-time of RFC 5322 3.3.  Unknown
-    symbols are removed, as in the C program; empty lines, too, since they would end the
-    header section.
+    `client` and `local` are addresses, `date` is a date-time of RFC 5322 3.3, `tls` the
+    protocol and the cipher.  Unknown symbols are removed, as in the C program; empty
+    lines, too, since they would end the header section.
     """
     values = {b"i": client.encode(), b"l": local.encode(), b"d": date.encode()}
-    values[b"%"] = b"%"
+    values.update({b"t": tls.encode(), b"%": b"%"})
     field = _SYMBOL.sub(lambda m: values.get(m[1], b""), template)
     return b"".join(line + b"\r\n" for line in re.split(rb"[\r\n]+", field) if line)
 
@@ -1426,6 +1466,7 @@ class ProxyHeader(NamedTuple):
     length: int  # in octets
     client: Optional[Peer] = None  # None: the one that has connected to us
     local: Optional[Peer] = None
+    tls: str = ""  # protocol and cipher of the client's connection to the sender
 
     @classmethod
     def parse(cls, octets: bytes) -> Optional[ProxyHeader]:
@@ -1451,6 +1492,10 @@ _PROXY_1_LINE = re.compile(
 _PROXY_2_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
 _PROXY_2_FIXED = struct.Struct("!12sBBH")
 _CRC32C_TYPE = 3
+_TLS_TYPE, _TLS_VERSION_TYPE, _TLS_CIPHER_TYPE = 0x20, 0x21, 0x23
+_TLS_START = 5  # octets of its field before others: flags, and how verification went
+_TLS_USED = 1  # of the flags
+_TLS_WORD = re.compile(rb"[!-~]{1,64}")
 _PROXY_2_LOCAL, _PROXY_2_PROXY = 0x20, 0x21
 # Of a stream's two families: the family, and an address's octets.
 _PROXY_2_FAMILIES = {0x11: (socket.AF_INET, 4), 0x21: (socket.AF_INET6, 16)}
@@ -1502,22 +1547,37 @@ def _parse_proxy_2(octets: bytes) -> Optional[ProxyHeader]:
         raise BadProxyHeader("no room for its addresses")
     hosts = octets[start : start + size], octets[start + size : start + 2 * size]
     ports = struct.unpack_from("!HH", octets, start + 2 * size)
-    _check_proxy_2(octets[:length], start + 2 * size + 4)
+    tls = _check_proxy_2(octets[:length], start + 2 * size + 4)
     client, local = map(_numeric_peer, (family, family), hosts, ports)
-    return ProxyHeader(length, client, local)
+    return ProxyHeader(length, client, local, tls)
 
 
-def _check_proxy_2(header: bytes, start: int) -> None:
-    """Check that the fields after the addresses are whole, and the checksum."""
-    while start < len(header):
-        kind, size = struct.unpack("!BH", header[start : start + 3].ljust(3, b"\xff"))
-        end = start + 3 + size
-        if end > len(header):
-            raise BadProxyHeader("a field without end")
+def _check_proxy_2(header: bytes, start: int) -> str:
+    """Check the fields after the addresses, and the checksum; return the client's TLS.
+
+    That is its protocol and cipher, as far as they are known.
+    """
+    words: dict[int, bytes] = {}
+    for kind, begin, end in _proxy_2_fields(header, start):
         if kind == _CRC32C_TYPE:
-            blank = header[: start + 3] + bytes(size) + header[end:]
-            if header[start + 3 : end] != crc32c(blank).to_bytes(4, "big"):
+            blank = header[:begin] + bytes(end - begin) + header[end:]
+            if header[begin:end] != crc32c(blank).to_bytes(4, "big"):
                 raise BadProxyHeader("wrong checksum")
+        elif kind == _TLS_TYPE and begin < end and header[begin] & _TLS_USED:
+            for inner, *place in _proxy_2_fields(header[:end], begin + _TLS_START):
+                words[inner] = header[slice(*place)]
+    known = [words.get(kind, b"") for kind in (_TLS_VERSION_TYPE, _TLS_CIPHER_TYPE)]
+    return b" ".join(filter(_TLS_WORD.fullmatch, known)).decode("ascii")
+
+
+def _proxy_2_fields(octets: bytes, start: int) -> Iterator[tuple[int, int, int]]:
+    """Yield the fields' types, and where their values begin and end."""
+    while start < len(octets):
+        kind, size = struct.unpack("!BH", octets[start : start + 3].ljust(3, b"\xff"))
+        end = start + 3 + size
+        if end > len(octets):
+            raise BadProxyHeader("a field without end")
+        yield kind, start + 3, end
         start = end
 
 
@@ -1597,7 +1657,7 @@ class Envelope:
             self.remote_helo = attributes[b"HELO"]
 
     def filter_variables(
-        self, client: Peer, server: Peer
+        self, client: Peer, server: Peer, tls: str
     ) -> dict[bytes, Optional[bytes]]:
         """Return the variables that tell the filter about the message."""
         return {
@@ -1607,6 +1667,7 @@ class Envelope:
             b"RECIPIENTS": b"\n".join(self.recipients),
             b"REMOTE": self.remote,
             b"REMOTE_HELO": self.remote_helo,
+            b"TLS": tls.encode(),
         }
 
     def describe(self, client: str, status: str) -> Iterator[str]:
@@ -1654,6 +1715,7 @@ FILTER_VARIABLES = (
     b"RECIPIENTS",
     b"REMOTE",
     b"REMOTE_HELO",
+    b"TLS",
     b"TMPDIR",
     b"EMAIL",
 )
@@ -1830,6 +1892,21 @@ class Transparency(Enum):
     FULL = "full"  # the connection's local address is the destination
 
 
+class TlsMode(Enum):
+    """When the connection to one side is encrypted."""
+
+    OFF = "off"
+    MAY = "may"  # by STARTTLS, if both want it
+    REQUIRE = "require"  # by STARTTLS, or there is no mail; any certificate will do
+    VERIFY = "verify"  # as before, and the server's certificate is verified
+    IMPLICIT = "implicit"  # from the first octet; the server's is verified, too
+
+
+# The modes in which the server's certificate is verified.
+_VERIFYING = (TlsMode.VERIFY, TlsMode.IMPLICIT)
+_BY_STARTTLS = (TlsMode.MAY, TlsMode.REQUIRE, TlsMode.VERIFY)
+
+
 class Config:
     """The settings, as `SETTINGS` reads them from the file.
 
@@ -1846,9 +1923,15 @@ class Config:
     header: bytes = b""
     keep_alives: int
     listen: Address
+    listen_certificate: bytes = b""
+    listen_key: bytes = b""  # empty: it is in `listen_certificate`
+    listen_tls: TlsMode
     max_connections: int
     max_message_size: int  # 0: any
     out_address: Optional[Address] = None
+    out_tls: TlsMode
+    out_tls_name: str = ""
+    out_tls_trust: bytes = b""
     pid_file: str = ""
     processes: int  # 0: auto
     proxy_protocol: bool
@@ -1858,6 +1941,18 @@ class Config:
     transparent_proxy: Transparency
     user: str = ""
     xclient: bool
+    # Made of the settings by `client_context` and `server_context`; None: TLS is off.
+    client_tls: Optional[ssl.SSLContext] = None
+    server_tls: Optional[ssl.SSLContext] = None
+
+    @property
+    def server_name(self) -> str:
+        """The name or IP address that the server's certificate must have, or ""."""
+        host = self.out_address.host if self.out_address is not None else ""
+        if self.is_transparent or host in _ANY_HOSTS:
+            host = ""
+        # Neither a dot at the end nor a scope is ever in a certificate.
+        return (self.out_tls_name or host).partition("%")[0].rstrip(".")
 
     @property
     def is_transparent(self) -> bool:
@@ -1968,7 +2063,19 @@ def _address(default_port: int) -> Kind:
     )
 
 
+def _file_name(text: str) -> bytes:
+    """Return a path, perhaps a relative one, for `load_config` to make absolute."""
+    return os.path.normpath(to_octets(_nonempty(text)))
+
+
+def _host(text: str) -> str:
+    if not is_host(text):
+        raise ValueError(text)
+    return text
+
+
 _ANY_TEXT = Kind(str)
+_FILE = Kind(_file_name, "invalid setting: {name} (must be a file)")
 
 SETTINGS = (
     Setting("FilterCommand", "filter_command", "", _ANY_TEXT),
@@ -2012,6 +2119,14 @@ SETTINGS = (
         _address(DEFAULT_LISTEN_PORT),
         needs_restart=True,
     ),
+    Setting("ListenCertificate", "listen_certificate", "", _FILE),
+    Setting("ListenKey", "listen_key", "", _FILE),
+    Setting(
+        "ListenTls",
+        "listen_tls",
+        "off",
+        _choice({m.value: m for m in TlsMode if m is not TlsMode.VERIFY}),
+    ),
     Setting(
         "MaxConnections",
         "max_connections",
@@ -2020,6 +2135,16 @@ SETTINGS = (
     ),
     Setting("MaxMessageSize", "max_message_size", "0", _number("octets", 0)),
     Setting("OutAddress", "out_address", "", _address(DEFAULT_SERVER_PORT)),
+    Setting(
+        "OutTls", "out_tls", "off", _choice({mode.value: mode for mode in TlsMode})
+    ),
+    Setting(
+        "OutTlsName",
+        "out_tls_name",
+        "",
+        Kind(_host, "invalid setting: {name} (must be a host's name or address)"),
+    ),
+    Setting("OutTlsTrust", "out_tls_trust", "", _FILE),
     Setting("PidFile", "pid_file", "", _ANY_TEXT, needs_restart=True),
     Setting(
         "Processes",
@@ -2037,10 +2162,7 @@ SETTINGS = (
         "TempDirectory",
         "temp_directory",
         "/tmp",
-        Kind(
-            lambda text: os.path.normpath(to_octets(_nonempty(text))),
-            "invalid setting: {name} (must be a directory)",
-        ),
+        Kind(_file_name, "invalid setting: {name} (must be a directory)"),
     ),
     Setting("TimeOut", "timeout", "180", _seconds(1)),
     Setting(
@@ -2103,9 +2225,15 @@ def parse_config(
         adapt(config)
     if "OutAddress" not in mentioned and not config.is_transparent:
         errors.append(ConfigError("no OutAddress specified.", path))
+    errors += [ConfigError(text, path) for text in contradictions_in(config)]
+    return config, errors
+
+
+def contradictions_in(config: Config) -> list[str]:
+    """Return what is wrong with settings that are right one by one."""
+    found = []
     if config.is_transparent and not IS_LINUX:
-        text = "invalid value for TransparentProxy (only Linux has it)"
-        errors.append(ConfigError(text, path))
+        found.append("invalid value for TransparentProxy (only Linux has it)")
     for name, address in (
         ("Listen", config.listen),
         ("OutAddress", config.out_address),
@@ -2113,11 +2241,18 @@ def parse_config(
         length = len(to_octets(address.path)) if address else 0
         if length > MOST_SOCKET_PATH:
             text = f"the socket path of {name} has {length} octets"
-            errors.append(ConfigError(f"{text} (at most {MOST_SOCKET_PATH})", path))
+            found.append(f"{text} (at most {MOST_SOCKET_PATH})")
     if config.proxy_protocol and config.is_transparent:
-        text = "ProxyProtocol cannot be used with TransparentProxy"
-        errors.append(ConfigError(text, path))
-    return config, errors
+        found.append("ProxyProtocol cannot be used with TransparentProxy")
+    if config.listen_tls is not TlsMode.OFF and not config.listen_certificate:
+        found.append("ListenTls needs ListenCertificate")
+    if config.out_tls in _VERIFYING and config.is_transparent:
+        # Only an address is known there.
+        mode = config.out_tls.value
+        found.append(f"OutTls: {mode} cannot be used with TransparentProxy")
+    elif config.out_tls in _VERIFYING and not config.server_name:
+        found.append("OutTls needs OutTlsName here")
+    return found
 
 
 def split_line(line: str) -> tuple[Setting, str]:
@@ -2266,6 +2401,292 @@ def reason(error: OSError) -> str:
 
 
 # ---------------------------------------------------------------------------
+# TLS (RFC 8446)
+# ---------------------------------------------------------------------------
+
+# OpenSSL's X509_V_FLAG_PARTIAL_CHAIN, which Python has from 3.10 on, and
+# X509_V_FLAG_NO_CHECK_TIME.
+_PARTIAL_CHAIN = 0x80000
+_NO_CHECK_TIME = 0x200000
+
+
+def tls_context(*, is_server: bool) -> ssl.SSLContext:
+    """Return a context for TLS 1.2 or later; `TlsFailure` if Python has no TLS.
+
+    Which ciphers are used is for the system's policy to say.
+    """
+    try:
+        import ssl
+    except ImportError as error:
+        raise TlsFailure("this Python has no TLS") from error
+    context = ssl.SSLContext(
+        ssl.PROTOCOL_TLS_SERVER if is_server else ssl.PROTOCOL_TLS_CLIENT
+    )
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    return context
+
+
+def client_context(config: Config) -> Optional[ssl.SSLContext]:
+    """Return the context for the clients' side, None if ListenTls is off.
+
+    Raises `TlsFailure` if the certificate or the key cannot be used.
+    """
+    if config.listen_tls is TlsMode.OFF:
+        return None
+    context = tls_context(is_server=True)
+    import ssl
+
+    certificate = config.listen_certificate
+    key = config.listen_key or certificate
+    read_certificates(certificate)  # since OpenSSL does not say which of them is wrong
+    try:
+        with open(key, "rb"):
+            pass
+        # Without a function for the passphrase, it would be asked for at the terminal.
+        context.load_cert_chain(certificate, key, password=lambda: b"")
+    except ssl.SSLError as error:
+        where = printable(key)
+        words = tls_reason(error)
+        if "mismatch" in words:
+            text = f"certificate and key do not belong together: {where}"
+        elif words.endswith(("too small", "too weak")):  # for the system's policy
+            text = f"couldn't use certificate: {printable(certificate)}: {words}"
+        else:
+            text = f"no key in PEM form, or one with a passphrase: {where}"
+        raise TlsFailure(text) from error
+    except OSError as error:
+        what = f"{printable(key)}: {reason(error)}"
+        raise TlsFailure(f"couldn't read key: {what}") from error
+    return context
+
+
+def server_context(config: Config) -> Optional[ssl.SSLContext]:
+    """Return the context for the server's side, None if OutTls is off.
+
+    Raises `TlsFailure` if OutTlsTrust cannot be used.
+    """
+    if config.out_tls is TlsMode.OFF:
+        return None
+    context = tls_context(is_server=False)
+    import ssl
+
+    if config.out_tls not in _VERIFYING:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    elif config.out_tls_trust:
+        # A certificate in the file need not be an authority's.
+        context.verify_flags |= _PARTIAL_CHAIN
+        context.load_verify_locations(cadata=read_certificates(config.out_tls_trust))
+    else:
+        context.set_default_verify_paths()
+    return context
+
+
+def read_certificates(path: bytes) -> str:
+    """Return the text of a file that has certificates; `TlsFailure` if it has none."""
+    import ssl
+
+    try:
+        with open(path, "rb") as file:
+            text = file.read().decode("ascii", "ignore")
+    except OSError as error:
+        what = f"{printable(path)}: {reason(error)}"
+        raise TlsFailure(f"couldn't read certificate: {what}") from error
+    try:
+        tls_context(is_server=False).load_verify_locations(cadata=text)
+    except (ssl.SSLError, ValueError) as error:
+        raise TlsFailure(f"no certificate in PEM form: {printable(path)}") from error
+    return text
+
+
+def expiry_of(context: ssl.SSLContext, path: bytes) -> float:
+    """Return when the certificate of the clients' context expires, as `time.time` does.
+
+    `path` is its file.  Python shows the certificates of peers alone, so the context
+    shakes hands with one that trusts it.  Raises `TlsFailure` or ssl.SSLError.
+    """
+    import ssl
+
+    trusting = tls_context(is_server=False)
+    trusting.check_hostname = False
+    trusting.verify_flags |= _PARTIAL_CHAIN | _NO_CHECK_TIME
+    trusting.load_verify_locations(cadata=read_certificates(path))
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    server = context.wrap_bio(to_server, to_client, server_side=True)
+    client = trusting.wrap_bio(to_client, to_server)
+    for side in (client, server, client, server):
+        with contextlib.suppress(ssl.SSLWantReadError):
+            side.do_handshake()
+    certificate = client.getpeercert()
+    assert certificate is not None  # since it is verified
+    return ssl.cert_time_to_seconds(str(certificate["notAfter"]))
+
+
+def tls_reason(error: OSError) -> str:
+    """Return the reason for an error of OpenSSL's or the system's, for the log."""
+    if error.errno in _AGAIN:
+        return "timed out"
+    # OpenSSL's numbers are not the system's, and its text names lines of C.
+    verdict = getattr(error, "verify_message", "")
+    words = (getattr(error, "reason", None) or "").replace("_", " ").lower()
+    return shown(verdict or words or reason(error))
+
+
+# Octets that go through OpenSSL's buffers at a time.  These keep the size that they
+# once had, and larger blocks are not faster (measured).
+TLS_BLOCK = 32 * 1024
+
+
+class TlsSocket(socket.socket):
+    """A connected socket that encrypts what it sends, for a `Channel`.
+
+    It takes the place of a plain socket, which is detached.  OpenSSL sees memory only,
+    so that time limits, `MSG_PEEK` and `poll` work as they do without TLS: if it read
+    from the socket, it would wait without a limit.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        context: ssl.SSLContext,
+        *,
+        name: bytes = b"",
+        is_server: bool = False,
+        received: bytes = b"",
+    ) -> None:
+        """`name` is the peer's, as a client; `received` has come from it already."""
+        import ssl
+
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(
+            self._incoming,
+            self._outgoing,
+            server_side=is_server,
+            server_hostname=name or None,
+        )
+        self._incoming.write(received)
+        self._ahead = b""  # decrypted, but not taken yet
+        self._is_at_end = False
+        super().__init__(sock.family, sock.type, sock.proto, sock.detach())
+
+    def shake_hands(self) -> bool:
+        """Do what can be done of the handshake; return whether it is complete.
+
+        Raises `TlsFailure`.
+        """
+        import ssl
+
+        try:
+            with contextlib.suppress(BlockingIOError):
+                self._receive(socket.MSG_DONTWAIT)
+            try:
+                self._tls.do_handshake()
+            finally:
+                self._send_pending()  # also the alert that tells why it has failed
+            self._decrypt()
+        except ssl.SSLWantReadError:
+            if self._is_at_end:
+                raise TlsFailure("connection closed by peer") from None
+            return False
+        except OSError as error:
+            raise TlsFailure(tls_reason(error)) from error
+        return True
+
+    def describe(self) -> str:
+        """Return the protocol and the cipher."""
+        cipher = self._tls.cipher()
+        assert cipher is not None  # after the handshake
+        return f"{self._tls.version()} {cipher[0]}"
+
+    def recv(self, bufsize: int, flags: int = 0, /) -> bytes:
+        """Return octets as a plain socket does, but maybe more than `bufsize`.
+
+        `poll` cannot see what stays here, so that only `MSG_PEEK` leaves anything.  A
+        record of which only a part has come, or that holds nothing, counts as nothing
+        (`BlockingIOError`).
+        """
+        is_peek = flags & socket.MSG_PEEK
+        while not self._is_at_end and len(self._ahead) < (bufsize if is_peek else 1):
+            try:
+                self._receive(flags & socket.MSG_DONTWAIT)
+                self._decrypt()
+            except BlockingIOError:
+                break
+            if not is_peek:
+                break
+        octets = self._ahead
+        if not octets and not self._is_at_end:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        if is_peek:
+            return octets[:bufsize]
+        self._ahead = b""
+        return octets
+
+    def _receive(self, flags: int) -> None:
+        octets = super().recv(TLS_BLOCK, flags)
+        if octets:
+            self._incoming.write(octets)
+        else:
+            self._is_at_end = True  # even if the peer has not announced it
+
+    def _decrypt(self) -> None:
+        """Decrypt whatever whole records have come; OSError for one that is wrong."""
+        import ssl
+
+        octets = [self._ahead]
+        try:
+            while octets[-1] or len(octets) == 1:
+                octets.append(self._tls.read(TLS_BLOCK))
+            self._is_at_end = True
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLZeroReturnError:
+            self._is_at_end = True
+        except ssl.SSLError as error:
+            # What came before it is good; it will be wrong the next time, too.
+            if not any(octets):
+                raise OSError(errno.EPROTO, tls_reason(error)) from error
+        self._ahead = b"".join(octets)
+        self._send_pending()  # an answer of the protocol's own, if there is any
+
+    def sendall(self, data: Any, flags: int = 0, /) -> None:
+        """Send all octets; OSError before the handshake is complete."""
+        import ssl
+
+        rest = memoryview(data)
+        while rest:
+            try:
+                rest = rest[self._tls.write(rest) :]  # a record at a time
+            except ssl.SSLError as error:
+                raise OSError(errno.EPROTO, tls_reason(error)) from error
+            if not rest or self._outgoing.pending >= TLS_BLOCK:
+                self._send_pending(flags)
+
+    def _send_pending(self, flags: int = 0) -> None:
+        if self._outgoing.pending:
+            super().sendall(self._outgoing.read(), flags)
+
+    def _announce_end(self) -> None:
+        """Send the alert close_notify (RFC 8446 6.1), if that does not block.
+
+        After a failure it is the alert with the reason, which OpenSSL has written then.
+        """
+        with contextlib.suppress(OSError):
+            self._tls.unwrap()  # wants to read the peer's, which is no error
+        with contextlib.suppress(OSError):
+            self._send_pending(socket.MSG_DONTWAIT)
+
+    def shutdown(self, how: int, /) -> None:
+        self._announce_end()
+        super().shutdown(how)
+
+    def close(self) -> None:
+        self._announce_end()
+        super().close()
+
+
+# ---------------------------------------------------------------------------
 # Channels: the connections to both sides
 # ---------------------------------------------------------------------------
 
@@ -2349,7 +2770,9 @@ class Channel:
 
     def __init__(self, sock: socket.socket, timeout: float, log: Log) -> None:
         self._socket = sock
+        self._timeout = timeout
         self._log = log
+        self.tls = ""  # protocol and cipher, once it is encrypted
         sock.setblocking(True)
         set_timeout(sock, socket.SO_SNDTIMEO, timeout)
         if sock.family != socket.AF_UNIX:
@@ -2386,6 +2809,24 @@ class Channel:
 
     def _broken(self, what: str) -> Hangup:
         return self.lost(f"{self.side}: {what}", self.broken)
+
+    def _encrypt(self, sock: TlsSocket, *stop: int) -> None:
+        """Go on in TLS from now on, by `sock`, which has taken our socket's place.
+
+        Raises `TlsFailure` if the handshake fails, or takes longer than the time limit,
+        and `ShuttingDown` when `stop`, a descriptor, can be read.  Nothing can be sent
+        any more then, least of all in clear.
+        """
+        self._socket = sock
+        deadline = Deadline(self._timeout)
+        while not sock.shake_hands():
+            ready = await_readable(deadline.left, sock.fileno(), *stop)
+            if any(descriptor in ready for descriptor in stop):
+                raise ShuttingDown
+            if not ready or deadline.has_passed:
+                raise TlsFailure("timed out")
+        self.tls = sock.describe()
+        self._log.info(f"{self.side} encrypted: {self.tls}")
 
     def wait(self, seconds: float) -> bool:
         """Wait until this side sends or closes; return False if the time is over."""
@@ -2428,6 +2869,15 @@ class ClientChannel(Channel):
         self._replies: list[bytes] = []
         self._held = 0
 
+    def encrypt(self, context: ssl.SSLContext, stop: int) -> None:
+        """Start TLS as its server; what has come already belongs to the handshake.
+
+        See `_encrypt`.
+        """
+        received = self.commands.take_all()
+        sock = TlsSocket(self._socket, context, is_server=True, received=received)
+        self._encrypt(sock, stop)
+
     def answer(self, reply: Reply) -> None:
         """Hold a reply until the next `flush`; many are sent at once."""
         self._log.dialogue(self.side, ">", reply)
@@ -2461,13 +2911,13 @@ class ClientChannel(Channel):
         """
         poller = select.poll()
         poller.register(self._socket, select.POLLIN | _HUNG_UP)
-        events = poller.poll(0)
-        if not events:
+        events = sum(event for _, event in poller.poll(0))
+        if not events and not self.tls:  # which may have decrypted the end already
             return False
-        if events[0][1] & _RESET:
+        if events & _RESET:
             return True
         waiting = self._peek(BLOCK)
-        if waiting is None or (waiting and not events[0][1] & _HUNG_UP):
+        if waiting is None or (waiting and not events & _HUNG_UP):
             return False
         # A client that has sent more than a block is in its next message.
         return len(waiting) < BLOCK and not self.commands.ends_in_quit(waiting)
@@ -2493,7 +2943,7 @@ class ClientChannel(Channel):
             self._socket.shutdown(socket.SHUT_WR)
             set_timeout(self._socket, socket.SO_RCVTIMEO, seconds)
             while left > 0 and not deadline.has_passed:
-                octets = self._socket.recv(SMALL_BLOCK)
+                octets = socket.socket.recv(self._socket, SMALL_BLOCK)  # even if TLS
                 if not octets:
                     break
                 left -= len(octets)
@@ -2520,7 +2970,6 @@ class ServerChannel(Channel):
         """`client` gets its held replies while this side is slow."""
         super().__init__(sock, timeout, log)
         set_timeout(sock, socket.SO_RCVTIMEO, timeout)
-        self._timeout = timeout
         self._client = client
         self._replies = ReplyBuffer()
 
@@ -2589,6 +3038,8 @@ class ServerChannel(Channel):
         is_late = deadline.has_passed
         if not self.has_more or (not is_late and self.wait(deadline.left)):
             octets = self.receive()
+        while octets is None and not deadline.has_passed and self.wait(deadline.left):
+            octets = self.receive()  # it was only a part of a TLS record
         if octets is None:
             text = "SERVER: network read operation timed out"
             raise ServerLost(text, SERVER_TIMED_OUT)
@@ -2628,6 +3079,11 @@ class ServerChannel(Channel):
     def has_spoken(self) -> bool:
         """Return whether an unsolicited reply, or the connection's end, has come."""
         return self.has_more or self._peek() is not None
+
+    def encrypt(self, context: ssl.SSLContext, name: str, *stop: int) -> None:
+        """Start TLS as its client; `name` is the server's.  See `_encrypt`."""
+        sock = TlsSocket(self._socket, context, name=name.encode("ascii"))
+        self._encrypt(sock, *stop)
 
 
 def resolve(address: Address, host: str) -> list[tuple[int, Any]]:
@@ -3667,7 +4123,8 @@ class Statistics:
         self._lock = threading.Lock()
         # The second clock measures: nobody can set it back.
         self._since, self._begun = begun or (time.time(), time.monotonic())
-        self._counts = dict.fromkeys(("accepted", "refused", "octets"), 0)
+        counted = ("accepted", "refused", "encrypted", "octets")
+        self._counts = dict.fromkeys(counted, 0)
         self._messages: dict[str, int] = {}
         # (when, seconds) of the last messages.
         self._filter_times: deque[tuple[float, float]] = deque(maxlen=TIMES_KEPT)
@@ -3675,7 +4132,7 @@ class Statistics:
         self._in_use = dict.fromkeys(("threads", "descriptors"), 0)
 
     def count(self, what: str, number: int = 1) -> None:
-        """Count connections ("accepted", "refused") or "octets" of messages."""
+        """Count connections ("accepted", "refused", "encrypted"), or "octets"."""
         with self._lock:
             self._counts[what] += number
 
@@ -3741,12 +4198,14 @@ class Statistics:
             server_times = sorted(seconds for _, seconds in self._server_times)
         seconds = time.monotonic() - self._begun
         kinds = "".join(f", {count} {kind}" for kind, count in messages.items())
+        encrypted = self._counts["encrypted"]
         used = {name: number or "unknown" for name, number in self._in_use.items()}
         return [
             f"since {rfc5322_date(self._since)}, {seconds:.0f} seconds",
             f"connections: {connections} now, {peak} at most,"
             f" {self._counts['accepted']} accepted,"
-            f" {self._counts['refused']} refused as too many",
+            f" {self._counts['refused']} refused as too many"
+            + (f", {encrypted} encrypted" if encrypted else ""),
             f"messages: {sum(messages.values())}{kinds};"
             f" {self._counts['octets']} octets",
             f"filter: {describe_times(filter_times)}",
@@ -4353,6 +4812,51 @@ class State(Enum):
     CLOSED = auto()  # nothing any more
 
 
+class TlsState(Enum):
+    """How far the client's side is encrypted (ListenTls).
+
+        off        OFF
+        may        OFFERED  --STARTTLS--> HANDSHAKE --> HELLO_DUE --EHLO--> ENCRYPTED
+        require    REQUIRED --STARTTLS--> HANDSHAKE --> HELLO_DUE --EHLO--> ENCRYPTED
+        implicit   HANDSHAKE --> ENCRYPTED
+
+    Nothing that the client sent in clear is known after the handshake (RFC 3207 4.2).
+    """
+
+    OFF = auto()
+    OFFERED = auto()
+    REQUIRED = auto()
+    HANDSHAKE = auto()  # nothing may go out in clear
+    HELLO_DUE = auto()
+    ENCRYPTED = auto()
+
+
+# For each state the verbs with a refusal, or None for those that are let through, and
+# the refusal of all other verbs.  BDAT's own handler ends the session.
+_TLS_REFUSALS: dict[
+    TlsState, tuple[Mapping[bytes, Optional[Reply]], Optional[Reply]]
+] = {
+    TlsState.OFF: ({}, None),
+    # The server judges its own side: it would offer AUTH for passwords in clear here.
+    TlsState.OFFERED: (dict.fromkeys(AUTH_VERBS, AUTH_NEEDS_TLS), None),
+    TlsState.REQUIRED: (
+        dict.fromkeys((b"EHLO", b"HELO", b"NOOP", b"QUIT", b"STARTTLS", b"BDAT")),
+        TLS_REQUIRED,
+    ),
+    TlsState.HELLO_DUE: (
+        dict.fromkeys((b"EHLO", b"HELO", b"NOOP", b"RSET", b"QUIT", b"BDAT")),
+        HELLO_FIRST,
+    ),
+    TlsState.ENCRYPTED: ({b"STARTTLS": IS_ENCRYPTED}, None),
+}
+_FIRST_TLS_STATES = {
+    TlsMode.OFF: TlsState.OFF,
+    TlsMode.MAY: TlsState.OFFERED,
+    TlsMode.REQUIRE: TlsState.REQUIRED,
+    TlsMode.IMPLICIT: TlsState.HANDSHAKE,
+}
+
+
 class XclientState(Enum):
     """Whether the server has been told the client's address."""
 
@@ -4382,10 +4886,12 @@ class Session:
         self.log = shared.log.with_prefix(f"{number:06X}: ")
         self.client = ClientChannel(sock, self.config.timeout, self.log)
         self.client_peer = Peer.of(sockaddr)
-        self._local_peer: Optional[Peer] = None  # from a PROXY header
+        self._local_peer: Optional[Peer] = None  # from a PROXY header, as the next one
+        self._outer_tls = ""
         self.server: ServerChannel  # from `_connect` on, as the next one
         self.server_peer: Peer
         self._state = State.GREETING
+        self._tls = _FIRST_TLS_STATES[self.config.listen_tls]
         self._envelope = Envelope()
         self._xclient_state = (
             XclientState.DUE if self.config.xclient else XclientState.DONE
@@ -4405,15 +4911,23 @@ class Session:
         """The end of the connection that the client connected to."""
         return self._local_peer or self.client.local_peer()
 
+    @property
+    def client_tls(self) -> str:
+        """Protocol and cipher of the client's side; empty if it is in clear."""
+        return self.client.tls or self._outer_tls
+
     def run(self) -> None:
         """Relay until one side, or the shutdown, ends the session."""
         try:
             if self.config.proxy_protocol:
                 self._read_proxy_header()
             self.log.info(f"accepted connection from: {self.client_peer.host}")
-            self._connect()
+            if self._tls is TlsState.HANDSHAKE:
+                self._encrypt_client()
+                self._tls = TlsState.ENCRYPTED
+            greeting = self._open_server()
             with contextlib.closing(self.server):
-                self._relay_greeting()
+                self._relay_greeting(greeting)
                 while self._state is not State.CLOSED:
                     self._handle_line()
                 self.client.flush()
@@ -4429,7 +4943,8 @@ class Session:
 
     def say_last_word(self, hangup: Hangup) -> None:
         """Give the client the reply of a `Hangup`, if it has one; only once."""
-        if hangup.reply is not None and not self._has_said_last_word:
+        is_mute = self._has_said_last_word or self._tls is TlsState.HANDSHAKE
+        if hangup.reply is not None and not is_mute:
             self._has_said_last_word = True
             with contextlib.suppress(ClientLost):
                 self.client.answer(hangup.reply)
@@ -4463,6 +4978,75 @@ class Session:
         if header.client is not None:
             self.log.debug(f"PROXY header from: {source}")
             self.client_peer, self._local_peer = header.client, header.local
+            self._outer_tls = header.tls
+
+    def _open_server(self) -> Reply:
+        """Connect to the server, encrypted as OutTls wants it; return its greeting.
+
+        The client has not been greeted yet, so that each failure, a `ServerLost`, is a
+        clean 421.
+        """
+        mode = self.config.out_tls
+        self._connect()
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self._close_server)
+            if mode is TlsMode.IMPLICIT:
+                try:
+                    self._encrypt_server()
+                except TlsFailure as fault:
+                    text = f"couldn't start TLS: {fault}"
+                    raise self._not_encrypted(text) from fault
+            greeting = self.server.read_reply()
+            if greeting.code == 220 and mode in _BY_STARTTLS:
+                greeting = self._start_server_tls(greeting)
+            on_failure.pop_all()
+        return greeting
+
+    def _start_server_tls(self, greeting: Reply) -> Reply:
+        """Encrypt the server's side by STARTTLS (RFC 3207), or go on without (may).
+
+        Returns the greeting, which is another one if it took another connection.
+        """
+        is_optional = self.config.out_tls is TlsMode.MAY
+        hello = self.server.own_command(b"EHLO " + HELLO)
+        if offered_attributes(hello, b"STARTTLS") is None:
+            if not is_optional:
+                raise self._not_encrypted("doesn't offer STARTTLS")
+            return greeting
+        reply = self.server.own_command(b"STARTTLS")
+        if self.server.has_more:
+            # Somebody on the way may have put it there, to be read as if encrypted.
+            raise self._not_encrypted("more came behind the reply to STARTTLS")
+        if reply.code != 220:
+            failure = self._not_encrypted(f"refused STARTTLS: {reply.text}")
+            if not is_optional:
+                raise failure
+            self.log.warning(str(failure))
+            return greeting
+        try:
+            self._encrypt_server()
+        except TlsFailure as fault:
+            failure = self._not_encrypted(f"couldn't start TLS: {fault}")
+            if not is_optional:
+                raise failure from fault
+            self.log.warning(f"{failure}; going on without")
+            self.server.close()
+            self._connect()
+            return self.server.read_reply()
+        return greeting
+
+    def _close_server(self) -> None:
+        self.server.close()  # whichever it is by then
+
+    def _encrypt_server(self) -> None:
+        """Shake hands with the server; `TlsFailure` if that fails."""
+        context, draining = self.config.server_tls, self.shared.shutdown.draining
+        assert context is not None  # load_config sees to it
+        self.server.encrypt(context, self.config.server_name, draining.fileno())
+
+    @staticmethod
+    def _not_encrypted(why: str) -> ServerLost:
+        return ServerLost(f"SERVER: {why}", CANNOT_ENCRYPT)
 
     def _connect(self) -> None:
         """Connect to the server; `ServerLost` if that fails."""
@@ -4519,8 +5103,7 @@ class Session:
         text = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         return Address(text, host, port)
 
-    def _relay_greeting(self) -> None:
-        greeting = self.server.read_reply()
+    def _relay_greeting(self, greeting: Reply) -> None:
         if not greeting.is_success and not greeting.is_refusal:
             text = f"SERVER: unusable greeting: {greeting.text}"
             raise ServerLost(text, SERVER_CONFUSED)
@@ -4545,6 +5128,7 @@ class Session:
             else:
                 command = self._parse(line)
                 self.log.dialogue("CLIENT", "<", command.log_as)
+                self._check_tls(command.verb)
                 verb = VERBS.get(command.verb, UNKNOWN_VERB)
                 reply = getattr(self, verb.handler)(command)
         except Refusal as refusal:
@@ -4590,12 +5174,27 @@ class Session:
         end = (shutdown.draining if is_idle else shutdown.stopping).fileno()
         client, server = self.client.fileno(), self.server.fileno()
         others = (end, server) if with_server else (end,)
-        ready = await_readable(seconds, client, *others)
-        if end in ready:
-            raise ShuttingDown
-        if server in ready:
-            self.server.relay_unsolicited(as_answer=not is_idle)
-        return client in ready
+        deadline = Deadline(seconds)
+        while True:
+            ready = await_readable(deadline.left, client, *others)
+            if end in ready:
+                raise ShuttingDown
+            if server not in ready:
+                return client in ready
+            # TLS has messages of its own, such as session tickets.
+            if self.server.has_spoken():
+                self.server.relay_unsolicited(as_answer=not is_idle)
+            if deadline.has_passed:
+                return client in ready
+
+    def _check_tls(self, verb: bytes) -> None:
+        """Refuse what has to wait for TLS, or comes too late."""
+        refusals, of_others = _TLS_REFUSALS[self._tls]
+        refusal = refusals.get(verb, of_others)
+        if refusal is not None and verb == b"DATA":
+            self._refuse_data(refusal)
+        if refusal is not None:
+            raise Refusal(refusal)
 
     def _parse(self, line: bytes) -> Command:
         """Parse a command line; one that is refused is logged here."""
@@ -4667,9 +5266,43 @@ class Session:
             return reply
         self._envelope = Envelope()
         self._server_has_size = offered_attributes(reply, b"SIZE") is not None
+        if self._tls is TlsState.HELLO_DUE:
+            self._tls = TlsState.ENCRYPTED
         return rewrite_hello(
-            reply, extended=is_extended, size=self.config.max_message_size
+            reply,
+            extended=is_extended,
+            size=self.config.max_message_size,
+            starttls=self._tls in (TlsState.OFFERED, TlsState.REQUIRED),
         )
+
+    def _starttls(self, command: Command) -> None:
+        """Encrypt the client's side; what came before is forgotten (RFC 3207)."""
+        if self._tls is TlsState.OFF:
+            self._not_implemented(command)
+        if command.argument:
+            raise Refusal(STARTTLS_ARGUMENT)
+        if self.client.has_spoken():
+            # It would be taken for a command that came encrypted.
+            text = "client sent more behind STARTTLS"
+            raise Hangup(text, NOTHING_BEHIND_STARTTLS)
+        self.answer(READY_FOR_TLS)
+        self.client.flush()
+        self._tls = TlsState.HANDSHAKE
+        self._encrypt_client()
+        # EHLO, which is due, resets the server, too.
+        self._envelope = Envelope()
+        self._is_authenticated = False
+        self._tls = TlsState.HELLO_DUE
+
+    def _encrypt_client(self) -> None:
+        """Shake hands with the client; if that fails, end without a word in clear."""
+        context, draining = self.config.client_tls, self.shared.shutdown.draining
+        assert context is not None  # load_config sees to it
+        try:
+            self.client.encrypt(context, draining.fileno())
+        except (TlsFailure, ShuttingDown) as failure:
+            raise Hangup(f"CLIENT: couldn't start TLS: {failure}") from failure
+        self.shared.statistics.count("encrypted")
 
     def _send_xclient(
         self, offered: Optional[frozenset[bytes]], hello: Optional[Command]
@@ -4763,7 +5396,9 @@ class Session:
         elif self._skips:
             unfiltered = Status.SKIPPED
         self._state = State.DATA
-        variables = envelope.filter_variables(self.client_peer, self.server_peer)
+        variables = envelope.filter_variables(
+            self.client_peer, self.server_peer, self.client_tls
+        )
         Transaction(self.shared, self.log, variables).run(self, envelope, unfiltered)
         if self._state is State.DATA:
             self._state = State.COMMAND
@@ -4845,6 +5480,7 @@ class Session:
             self.client_peer.host,
             self.local_peer.host,
             rfc5322_date(time.time()),
+            self.client_tls,
         )
 
     def log_message(self, envelope: Envelope, status: str) -> None:
@@ -5068,8 +5704,10 @@ class Listener(socketserver.ThreadingTCPServer):
     # Refusing
 
     def _refuse(self, request: socket.socket, reply: Reply) -> None:
+        # A reply in clear would be no TLS.
         with contextlib.suppress(OSError):
-            request.sendall(reply, socket.MSG_DONTWAIT)
+            if self._config.listen_tls is not TlsMode.IMPLICIT:
+                request.sendall(reply, socket.MSG_DONTWAIT)
             request.recv(SMALL_BLOCK, socket.MSG_DONTWAIT)
         self.shutdown_request(request)
 
@@ -5520,6 +6158,7 @@ EXAMPLES = {
     b"RECIPIENTS": b"recipient@example.net",
     b"REMOTE": b"198.51.100.1",
     b"REMOTE_HELO": b"client.example",
+    b"TLS": b"",
 }
 # What may become of a message, with its colour on a terminal (ECMA-48, SGR).
 ENDS = {"passed": 32, "dropped": 33, "refused": 33, "broken": 31}
@@ -5641,7 +6280,8 @@ class DryRun:
     def _sent(self, message: Spool, client: str) -> bytes:
         """Return the message that the server would get."""
         date = rfc5322_date(time.time())
-        field = expand_header(self._config.header, client, "127.0.0.1", date)
+        tls = printable(self._given.get(b"TLS", b""))
+        field = expand_header(self._config.header, client, "127.0.0.1", date, tls)
         writer = MailDataWriter(field)
         blocks = [writer.feed(block) for block in message.blocks()]
         return MailDataReader().feed(b"".join([*blocks, writer.finish()]))
@@ -6101,6 +6741,7 @@ def drop_privileges(config: Config, log: Log, *, is_passed: bool = False) -> Non
 
 
 # From linux/prctl.h and linux/capability.h.
+_PR_SET_DUMPABLE = 4
 _PR_SET_KEEPCAPS = 8
 _PR_CAP_AMBIENT = 47
 _PR_CAP_AMBIENT_CLEAR_ALL = 4
@@ -6126,6 +6767,14 @@ def keep_net_admin(change_user: Callable[[], None]) -> None:
         raise SystemRefused(NEEDS_NET_ADMIN) from error
 
 
+def protect_keys(config: Config) -> None:
+    """See that no filter reads a key from our memory (Linux): it may be our user."""
+    if config.client_tls is not None and IS_LINUX:
+        # User may be unable to import ctypes, but a change of the user does the same.
+        with contextlib.suppress(ImportError, OSError):
+            _call_libc("prctl", _PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
 _AMBIENT = re.compile(rb"^CapAmb:\s*0*[1-9a-f]", re.MULTILINE)
 
 
@@ -6141,7 +6790,7 @@ def withhold_capabilities() -> None:
 
 
 def _call_libc(name: str, *arguments: Union[int, bytes]) -> None:
-    import ctypes  # only capabilities need it
+    import ctypes  # only capabilities and keys need it
 
     libc = ctypes.CDLL(None, use_errno=True)
     words = [ctypes.c_ulong(a) if isinstance(a, int) else a for a in arguments]
@@ -6183,11 +6832,31 @@ def warnings_of(config: Config) -> list[str]:
     complaint = shell_complaint(config.filter_command)
     if complaint:
         found.append(f"FilterCommand is refused by the shell: {complaint}")
+    if config.client_tls is not None:
+        found += _certificate_warnings(config.client_tls, config.listen_certificate)
+    if config.out_tls_trust and config.out_tls not in _VERIFYING:
+        found.append("OutTlsTrust has no use unless OutTls is verify or implicit")
     if config.is_transparent and config.out_address is not None:
         found.append(
             "the OutAddress option will be ignored when TransparentProxy is enabled"
         )
     return found
+
+
+EXPIRY_NOTICE = 14  # days before a certificate expires
+
+
+def _certificate_warnings(context: ssl.SSLContext, path: bytes) -> list[str]:
+    """Return a warning if a certificate has expired, or soon will."""
+    try:
+        left = expiry_of(context, path) - time.time()
+    except (TlsFailure, OSError):
+        return []  # the file is another one by now
+    name = f"certificate {printable(path)}"
+    if left <= 0:
+        return [f"{name} has expired"]
+    days = int(left // 86400)
+    return [f"{name} expires in {days} days"] if days < EXPIRY_NOTICE else []
 
 
 def _directory_warnings(directory: bytes, user: str) -> list[str]:
@@ -6301,6 +6970,37 @@ class CheckedChannel(ServerChannel):
         super().__init__(sock, seconds, Log(ERROR))
         self._all = Deadline(seconds)
 
+    def read_greeting(self) -> Reply:
+        """Return the greeting; `TlsFailure` if the server waits for a handshake."""
+        try:
+            return self.read_reply()
+        except ServerLost:
+            if self.tls or not self._takes_tls():
+                raise
+            text = "speaks TLS at once; set OutTls: implicit"
+            raise TlsFailure(text) from None
+
+    def _takes_tls(self) -> bool:
+        """Return whether the server shakes hands, whatever its certificate is."""
+        config = default_config()
+        config.out_tls = TlsMode.REQUIRE
+        try:
+            config.server_tls = server_context(config)
+            self.start_tls(config)
+        except TlsFailure:
+            return False
+        return True
+
+    def start_tls(self, config: Config, reply: Reply = READY_FOR_TLS) -> None:
+        """Shake hands, if the reply to STARTTLS allows it; `TlsFailure` if not."""
+        assert config.server_tls is not None  # load_config sees to it
+        try:
+            if reply.code != 220:
+                raise TlsFailure(reply.text)
+            self.encrypt(config.server_tls, config.server_name)
+        except TlsFailure as failure:
+            raise TlsFailure(f"cannot be encrypted to: {failure}") from failure
+
     def _wait(self, deadline: Deadline) -> bytes:  # noqa: ARG002
         left = max(0.001, self._all.left)  # 0 would be no limit
         set_timeout(self._socket, socket.SO_RCVTIMEO, left)
@@ -6318,16 +7018,28 @@ def server_warnings(config: Config) -> list[str]:
         sock, _ = connect(targets, CHECK_SECONDS)
         server = CheckedChannel(sock, CHECK_SECONDS)
         with contextlib.closing(server):
-            greeting = server.read_reply()
+            if config.out_tls is TlsMode.IMPLICIT:
+                server.start_tls(config)
+            greeting = server.read_greeting()
             if not greeting.is_success:
                 return [f"{name} does not take mail from here: {greeting.text}"]
             hello = server.ask(b"EHLO " + HELLO)
+            can_start = offered_attributes(hello, b"STARTTLS") is not None
+            if can_start and config.out_tls in _BY_STARTTLS:
+                server.start_tls(config, server.ask(b"STARTTLS"))
+                hello = server.ask(b"EHLO " + HELLO)
             server.send(b"QUIT\r\n")
+    except TlsFailure as failure:
+        return [f"{name} {failure}"]
     except OSError as error:
         return [f"{name} cannot be connected to: {reason(error)}"]
     except ServerLost as error:
         return [f"{name} does not talk SMTP: {error}"]
-    wanted = {b"XCLIENT": config.xclient, b"XFORWARD": uses_remote(config)}
+    wanted = {
+        b"STARTTLS": config.out_tls in _BY_STARTTLS and not server.tls,
+        b"XCLIENT": config.xclient,
+        b"XFORWARD": uses_remote(config),
+    }
     return [
         f"{name} does not offer {extension.decode()}"
         for extension, is_wanted in wanted.items()
@@ -6620,16 +7332,38 @@ def make_log(options: Options) -> Log:
     return Log(INFO, to_standard_error, to_syslog)
 
 
+def load_keys(config: Config, old: Optional[Config], log: Log) -> list[str]:
+    """Read the certificates and the key that the settings name; return the errors.
+
+    If the key cannot be read any more, as it may be root's, the one in `old` stays.
+    """
+    errors = []
+    try:
+        config.server_tls = server_context(config)
+    except TlsFailure as failure:
+        errors.append(str(failure))
+    try:
+        config.client_tls = client_context(config)
+    except TlsFailure as failure:
+        config.client_tls = old.client_tls if old is not None else None
+        if config.client_tls is None:
+            errors.append(str(failure))
+        else:
+            log.error(f"{failure}; the certificate stays as it was")
+    return errors
+
+
 def load_config(
     path: str,
     directory: bytes,
     log: Log,
+    old: Optional[Config] = None,
     adapt: Optional[Callable[[Config], None]] = None,
 ) -> Optional[Config]:
     """Read the configuration; log what is wrong with it, and then return None.
 
-    `directory` is what paths in it are relative to, `adapt` is as in `parse_config`.
-
+    `directory` is what paths in it are relative to, `adapt` is as in `parse_config`,
+    `old` are the settings before a reload.
     Raises `SystemRefused` if there is a file that cannot be read.
     """
     try:
@@ -6643,11 +7377,15 @@ def load_config(
         text = f"couldn't read config file: {shown(path)}: {reason(error)}"
         raise SystemRefused(text) from error
     config, errors = parse_config(octets, path, adapt)
-    whole = os.path.join(directory, config.temp_directory)
-    config.temp_directory = os.path.abspath(whole)
-    has_listen = not is_socket_passed()
-    if not errors and has_listen and is_loop(config, may_wait=adapt is None):
-        errors.append(ConfigError(OWN_LISTENER, path))
+    for setting in SETTINGS:
+        name = getattr(config, setting.attribute)
+        if setting.kind.parse is _file_name and name:
+            whole = os.path.abspath(os.path.join(directory, name))
+            setattr(config, setting.attribute, whole)
+    if not errors:
+        if not is_socket_passed() and is_loop(config, may_wait=old is None):
+            errors.append(ConfigError(OWN_LISTENER, path))
+        errors += [ConfigError(text, path) for text in load_keys(config, old, log)]
     for fault in errors:
         log.error(str(fault))
     return None if errors else config
@@ -6755,6 +7493,7 @@ class Daemon:
         parent = detach() if self._is_detached else None
         self.listener.take_ownership()
         write_pid_file(self._pid_file, at_end)
+        protect_keys(config)
         drop_privileges(config, self.log, is_passed=passed is not None)
         threading.stack_size(STACK_SIZE)
         if parent is not None:
@@ -6809,7 +7548,9 @@ class Daemon:
         config = None
         try:
             keep = self._keep_settings_of_the_start
-            config = load_config(self._path, self._directory, self.log, keep)
+            config = load_config(
+                self._path, self._directory, self.log, self.config, keep
+            )
         except SystemRefused as error:
             self.log.error(str(error))
         if config is None:
@@ -6818,6 +7559,7 @@ class Daemon:
             self.config = config
             self._log_warnings()
             self._raise_descriptor_limit()
+            protect_keys(config)
             self.log.notice("configuration reloaded")
         return config is not None
 

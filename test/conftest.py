@@ -18,6 +18,7 @@ import pytest
 from detached import Detach, DetachedFactory
 from helpers import DaemonFactory, MakeFilter, MakeServer, StartDaemon
 from smtp import ScriptedServer
+from tls import Certificates
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -40,6 +41,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
                 else (pytest.skip)
             )
             absent(f"{name} is not installed ({path})")
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    """Provide certificates and their keys; see support/tls.py."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    return Certificates(tmp_path_factory.mktemp("certificates"))
 
 
 @pytest.fixture

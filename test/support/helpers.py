@@ -53,7 +53,8 @@ LOCAL_ERROR = b"451 Local Error\r\n"
 
 # The variables that a filter gets, as they should never reach it.
 STALE_ENVIRONMENT = dict.fromkeys(
-    "CLIENT SERVER SENDER RECIPIENTS REMOTE REMOTE_HELO EMAIL TMPDIR".split(), "stale"
+    "CLIENT SERVER SENDER RECIPIENTS REMOTE REMOTE_HELO TLS EMAIL TMPDIR".split(),
+    "stale",
 )
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")

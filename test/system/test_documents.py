@@ -41,6 +41,7 @@ from helpers import (
 from manual import items, read, rendered, section, unescaped
 from postfix import POSTFIX, PrivatePostfix, require_root, smtpd
 from smtp import ScriptedServer
+from tls import Certificates
 
 DOCUMENTS = ("proxsmtpd.8", "proxsmtpd.conf.5", "README", "proxsmtpd.conf.sample")
 SETTING_NAMES = {setting.name for setting in program.SETTINGS}
@@ -137,7 +138,7 @@ def test_sample_says_no_more_than_what_is_required() -> None:
 
 def test_documents_have_the_examples_that_these_tests_are_about() -> None:
     assert {name: len(configurations(name)) for name in DOCUMENTS} == {
-        "proxsmtpd.8": 6,
+        "proxsmtpd.8": 10,
         "proxsmtpd.conf.5": 5,
         "README": 2,
         "proxsmtpd.conf.sample": 1,
@@ -153,8 +154,12 @@ def check(text: str, directory: Path) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_example_configurations_are_right(name: str, tmp_path: Path) -> None:
-    for text in configurations(name):
+def test_example_configurations_are_right(
+    name: str, tmp_path: Path, certificates: Certificates
+) -> None:
+    for example in configurations(name):
+        path = certificates.path("good")
+        text = example.replace("/etc/ssl/mail.example.pem", path)
         assert check(text, tmp_path) == (0, "configuration is OK\n"), text
 
 

@@ -52,6 +52,14 @@ from namespaces import (
     network,
 )
 from smtp import RawClient, ScriptedServer
+from tls import (
+    Certificates,
+    encrypted,
+    hello_by_tls,
+    is_encrypted,
+    server_context,
+    starttls,
+)
 
 NO_DESTINATION = b"421 No original destination to connect to\r\n"
 NO_SERVER = b"421 Server not available\r\n"
@@ -330,6 +338,33 @@ def test_mail_goes_where_the_client_meant_it_to(
     daemon.wait_log(rf"{logged}[\s\S]*{logged}")
     tracks = int(router.machines.router.run(TRACKED)) > 0
     assert tracks is (firewall or kind == "client")
+
+
+@of_each_kind
+@pytest.mark.parametrize("can_encrypt", [True, False], ids=["tls", "clear"])
+def test_both_ways_are_encrypted_where_the_peers_can(
+    can_encrypt: bool, kind: str, router: Router, certificates: Certificates
+) -> None:
+    """The server's STARTTLS does not reach the client, so we do both."""
+    server = router.server(IPV4.server)
+    if can_encrypt:
+        context = server_context(certificates.path("good"))
+        server.script["EHLO"] = hello_by_tls([b"STARTTLS"], [])
+        server.script["STARTTLS"] = starttls(context)
+    router.divert(kind)
+    tls = {"ListenTls": "may", "ListenCertificate": certificates.path("good")}
+    router.start({"TransparentProxy": kind, "OutTls": "may", **tls})
+    client = router.client(IPV4.server)
+    if can_encrypt:
+        encrypted(client)
+        client.envelope()
+        client.started = True
+    assert client.message(LONG_MESSAGE) == QUEUED
+    client.quit()
+    assert server.wait_message().data == LONG_MESSAGE
+    assert is_encrypted(server.connections[0]) == can_encrypt
+    assert peer_of(server) == seen_by_server(kind, IPV4)
+    assert router.addresses() == f"{IPV4.client} {IPV4.server}"
 
 
 @of_each_kind

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 
 import proxsmtpd as program
-from proxsmtpd import SETTINGS, Address, Config, FilterType
+from proxsmtpd import SETTINGS, Address, Config, FilterType, TlsMode
 
 PATH = "/etc/proxsmtpd.conf"
 MINIMAL = b"OutAddress: 25\n"
@@ -157,9 +157,15 @@ DEFAULTS = {
     "Header": "",
     "KeepAlives": "0",
     "Listen": "10025",
+    "ListenCertificate": "",
+    "ListenKey": "",
+    "ListenTls": "off",
     "MaxConnections": "64",
     "MaxMessageSize": "0",
     "OutAddress": "",
+    "OutTls": "off",
+    "OutTlsName": "",
+    "OutTlsTrust": "",
     "PidFile": "",
     "Processes": "auto",
     "ProxyProtocol": "off",
@@ -191,6 +197,9 @@ def test_defaults() -> None:
     assert config.observes is config.passes_failures is False
     assert config.proxy_protocol is False
     assert config.out_address == ("25", "", 25, "")
+    assert config.out_tls is TlsMode.OFF
+    assert config.listen_tls is TlsMode.OFF
+    assert config.server_tls is config.client_tls is None
     assert config.pid_file == ""
     assert config.skip_authenticated is False
     assert config.temp_directory == b"/tmp"
@@ -232,6 +241,14 @@ VALUES: dict[str, tuple[str, str, object]] = {
     "listen on a path": ("Listen", "/run/x:y", ("/run/x:y", "", 0, "/run/x:y")),
     "out": ("OutAddress", "192.0.2.1", ("192.0.2.1", "192.0.2.1", 25, "")),
     "out with port": ("OutAddress", "h.x:26", ("h.x:26", "h.x", 26, "")),
+    "certificate": ("ListenCertificate", "/etc//x.pem", b"/etc/x.pem"),
+    "key": ("ListenKey", "/etc/x y.key", b"/etc/x y.key"),
+    "listen, off": ("ListenTls", "OFF", TlsMode.OFF),
+    "out, may": ("OutTls", "May", TlsMode.MAY),
+    "out, require": ("OutTls", "require", TlsMode.REQUIRE),
+    "out, name": ("OutTlsName", "mail.example", "mail.example"),
+    "out, address for a name": ("OutTlsName", "::1", "::1"),
+    "out, trust": ("OutTlsTrust", "/etc//ca.pem", b"/etc/ca.pem"),
     "connections, least": ("MaxConnections", "1", 1),
     "connections, most": ("MaxConnections", "10240", 10240),
     "all processors": ("Processes", "Auto", 0),
@@ -348,6 +365,26 @@ BAD_VALUES: dict[str, tuple[list[str], str]] = {
         [""],
         "invalid setting: TempDirectory (must be a directory)",
     ),
+    "ListenCertificate": (
+        [""],
+        "invalid setting: ListenCertificate (must be a file)",
+    ),
+    "ListenKey": ([""], "invalid setting: ListenKey (must be a file)"),
+    "ListenTls": (
+        ["verify", *WORDS],
+        "invalid value for ListenTls"
+        " (must specify 'off' or 'may' or 'require' or 'implicit')",
+    ),
+    "OutTls": (
+        WORDS,
+        "invalid value for OutTls"
+        " (must specify 'off' or 'may' or 'require' or 'verify' or 'implicit')",
+    ),
+    "OutTlsName": (
+        ["", "a b", "x:25", "[::1]", "1.2.3"],
+        "invalid setting: OutTlsName (must be a host's name or address)",
+    ),
+    "OutTlsTrust": ([""], "invalid setting: OutTlsTrust (must be a file)"),
     "User": ([""], "invalid setting: User (must be a user's name or number)"),
     "XClient": (WORDS, f"invalid value for XClient {SWITCH}"),
     "TransparentProxy": (
@@ -376,11 +413,47 @@ def test_bad_address(name: str, text: str) -> None:
     assert faults(octets) == [f"{PATH}:2: {program.shown(complaint)}"]
 
 
-def test_proxy_protocol_and_transparent_proxy() -> None:
-    """The header's addresses and the redirection's exclude each other."""
-    octets = MINIMAL + b"ProxyProtocol: on\nTransparentProxy: client\n"
-    complaint = "ProxyProtocol cannot be used with TransparentProxy"
-    assert faults(octets) == [complaint]
+# Settings that are right one by one, and the complaint about them together.
+CONTRADICTIONS = {
+    # The header's addresses and the redirection's exclude each other.
+    "ProxyProtocol: on\nTransparentProxy: client": (
+        "ProxyProtocol cannot be used with TransparentProxy"
+    ),
+    "OutTls: verify\nTransparentProxy: client": (
+        "OutTls: verify cannot be used with TransparentProxy"
+    ),
+    "OutTls: implicit\nTransparentProxy: full\nOutTlsName: x.example": (
+        "OutTls: implicit cannot be used with TransparentProxy"
+    ),
+    "ListenTls: may\nListenKey: /etc/x.key": "ListenTls needs ListenCertificate",
+    "OutTls: verify": "OutTls needs OutTlsName here",
+    "OutTls: implicit\nOutAddress: /run/x": "OutTls needs OutTlsName here",
+}
+
+
+@pytest.mark.parametrize(("lines", "complaint"), CONTRADICTIONS.items())
+def test_contradiction(lines: str, complaint: str) -> None:
+    assert faults(MINIMAL + lines.encode()) == [complaint]
+
+
+# OutAddress, OutTlsName, and the name that the certificate has to have.
+SERVER_NAMES = [
+    ("mail.example", "", "mail.example"),
+    ("mail.example.:25", "", "mail.example"),
+    ("192.0.2.1:25", "", "192.0.2.1"),
+    ("[fe80::1%eth0]:25", "", "fe80::1"),
+    ("192.0.2.1:25", "mail.example.", "mail.example"),
+    ("25", "mail.example", "mail.example"),
+    ("25", "", ""),
+    ("[::]:25", "", ""),
+    ("/run/sock", "", ""),
+]
+
+
+@pytest.mark.parametrize(("address", "name", "result"), SERVER_NAMES)
+def test_server_name(address: str, name: str, result: str) -> None:
+    lines = f"OutAddress: {address}\n" + (f"OutTlsName: {name}\n" if name else "")
+    assert parsed(lines.encode()).server_name == result
 
 
 # --- The file ------------------------------------------------------------------

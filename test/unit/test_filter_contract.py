@@ -230,7 +230,7 @@ def test_environment(
 
 
 def test_variables() -> None:
-    names = b"CLIENT SERVER SENDER RECIPIENTS REMOTE REMOTE_HELO TMPDIR EMAIL"
+    names = b"CLIENT SERVER SENDER RECIPIENTS REMOTE REMOTE_HELO TLS TMPDIR EMAIL"
     assert sorted(program.FILTER_VARIABLES) == sorted(names.split())
 
 
@@ -642,6 +642,7 @@ HEADERS = {
     "client": ("X-Client: %i", b"X-Client: 192.0.2.9\r\n"),
     "local": ("X-Local: [%l]", b"X-Local: [2001:db8::1]\r\n"),
     "date": ("X-Date: %d.", b"X-Date: " + DATE.encode() + b".\r\n"),
+    "TLS": ("X-TLS: (%t)", b"X-TLS: (TLSv1.3 AES)\r\n"),
     "percent": ("X: 100%%", b"X: 100%\r\n"),
     "percent before a symbol's letter": ("X: %%i", b"X: %i\r\n"),
     "percent twice": ("X: %%%i%%", b"X: %192.0.2.9%\r\n"),
@@ -672,7 +673,8 @@ HEADERS = {
 @pytest.mark.parametrize(("setting", "field"), HEADERS.values(), ids=HEADERS.keys())
 def test_header(setting: str, field: bytes) -> None:
     template = program.to_octets(program.unescape(setting))
-    assert program.expand_header(template, "192.0.2.9", "2001:db8::1", DATE) == field
+    values = ("192.0.2.9", "2001:db8::1", DATE, "TLSv1.3 AES")
+    assert program.expand_header(template, *values) == field
 
 
 @pytest.mark.parametrize(

@@ -324,6 +324,20 @@ def test_ehlo(reply: bytes, expected: bytes) -> None:
     assert program.rewrite_hello(Reply(reply), extended=True) == expected
 
 
+@pytest.mark.parametrize(
+    "text", [b"AUTH PLAIN LOGIN", b"AUTH=PLAIN", b" auth x", b"X-EXPS GSSAPI"]
+)
+def test_ehlo_before_starttls(text: bytes) -> None:
+    """We offer it, and no authentication, whatever the server offers."""
+    reply = hello(b"sink.example", b"STARTTLS", text, b"DSN")
+    for extended, expected in (
+        (True, shown(b"STARTTLS", b"DSN")),
+        (False, b"250-smtp.passthru\r\n" + hello(b"STARTTLS", text, b"DSN")),
+    ):
+        made = program.rewrite_hello(reply, extended=extended, starttls=True)
+        assert made == expected
+
+
 # The server's reply to HELO, which has no list, and what the client gets.
 HELO_REPLIES = {
     "one line": (b"250 sink.example\r\n", b"250 smtp.passthru\r\n"),

@@ -1,0 +1,175 @@
+"""TLS for the tests: certificates that openssl makes, and scripted peers that use them.
+
+The names of the certificates are NAMES; all are for server.example and 127.0.0.1,
+and signed by the authority in `ca.pem`, if their name does not say otherwise.
+"""
+
+from __future__ import annotations
+
+import ssl
+import subprocess
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Callable
+
+from smtp import RawClient, Recorded, Reply, ScriptedServer, multiline
+
+HOST = "server.example"
+NAMES = ("good", "renewed", "wrong-name", "expired", "expiring", "self-signed")
+READY = b"220 2.0.0 Ready to start TLS\r\n"
+GREETING = b"220 sink.example ESMTP\r\n"
+
+_NEW_KEY = "-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes"
+_DAYS = {"expired": -1, "expiring": 5}
+
+
+class Certificates:
+    """Certificates in a directory: NAME.pem, NAME.key and, in one file, NAME.both."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.ca = self._make_authority("ca")
+        self.other_ca = self._make_authority("other-ca")
+        for name in NAMES:
+            self._make(name)
+        self._make("other", authority="other-ca")
+        self._openssl("ec -aes128 -passout pass:secret -in good.key -out locked.key")
+
+    def path(self, name: str) -> str:
+        """Return the path of a certificate with its key."""
+        return str(self.directory / f"{name}.both")
+
+    def _openssl(self, words: str, *more: str) -> None:
+        subprocess.run(
+            ["openssl", *words.split(), *more],
+            cwd=self.directory,
+            check=True,
+            capture_output=True,
+            timeout=60,
+        )
+
+    def _make_authority(self, name: str) -> str:
+        words = f"req -x509 {_NEW_KEY} -keyout {name}.key -out {name}.pem -days 30"
+        self._openssl(words, "-subj", f"/CN={name} of the tests")
+        return str(self.directory / f"{name}.pem")
+
+    def _make(self, name: str, authority: str = "ca") -> None:
+        host = "wrong.example" if name == "wrong-name" else f"{HOST},IP:127.0.0.1"
+        names = f"subjectAltName=DNS:{host}"
+        subject = ("-subj", f"/CN={name}")
+        days = _DAYS.get(name, 30)
+        if name == "self-signed":
+            words = f"req -x509 {_NEW_KEY} -keyout {name}.key -out {name}.pem -days 30"
+            leaf = "basicConstraints=critical,CA:FALSE"
+            self._openssl(words, *subject, "-addext", names, "-addext", leaf)
+        else:
+            words = f"req -new {_NEW_KEY} -keyout {name}.key -out {name}.csr"
+            self._openssl(words, *subject)
+            (self.directory / f"{name}.ext").write_text(names + "\n")
+            self._openssl(
+                f"x509 -req -in {name}.csr -CA {authority}.pem -CAkey {authority}.key"
+                f" -CAcreateserial -days {days} -extfile {name}.ext -out {name}.pem"
+            )
+        parts = [self.directory / f"{name}{end}" for end in (".pem", ".key")]
+        (self.directory / f"{name}.both").write_text(
+            "".join(part.read_text() for part in parts)
+        )
+
+
+def old_version(context: ssl.SSLContext) -> ssl.SSLContext:
+    """Let a context offer TLS 1.1 and nothing else."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        context.minimum_version = ssl.TLSVersion.TLSv1_1
+        context.maximum_version = ssl.TLSVersion.TLSv1_1
+    context.set_ciphers("ALL:@SECLEVEL=0")
+    return context
+
+
+def server_context(path: str) -> ssl.SSLContext:
+    """Return the context of a scripted server with this certificate."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(path)
+    return context
+
+
+def client_context(authority: str = "") -> ssl.SSLContext:
+    """Return the context of a client, which verifies if there is an authority."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = bool(authority)
+    context.verify_mode = ssl.CERT_REQUIRED if authority else ssl.CERT_NONE
+    if authority:
+        context.load_verify_locations(authority)
+    return context
+
+
+# --- The scripted server ---
+
+
+def starttls(context: ssl.SSLContext, ready: bytes = READY) -> Reply:
+    """Return a script's reply to STARTTLS that does as asked."""
+
+    def start(connection: Recorded, _line: bytes) -> None:
+        connection.sock.sendall(ready)
+        encrypt(connection, context)
+
+    return start
+
+
+def encrypted_greeting(context: ssl.SSLContext, greeting: bytes = GREETING) -> Reply:
+    """Return a script's greeting in TLS, as on port 465."""
+
+    def greet(connection: Recorded, _line: bytes) -> None:
+        encrypt(connection, context)
+        connection.sock.sendall(greeting)
+
+    return greet
+
+
+def encrypt(connection: Recorded, context: ssl.SSLContext) -> None:
+    """Go on in TLS as the server."""
+    connection.sock = context.wrap_socket(connection.sock, server_side=True)
+
+
+def is_encrypted(connection: Recorded) -> bool:
+    """Return whether a connection to the scripted server has come to use TLS."""
+    return isinstance(connection.sock, ssl.SSLSocket)
+
+
+def hello(*extensions: bytes) -> bytes:
+    """Return an EHLO reply with these service extensions."""
+    return multiline(b"250", [b"sink.example", b"PIPELINING", *extensions])
+
+
+def hello_by_tls(in_clear: Sequence[bytes], in_tls: Sequence[bytes]) -> Reply:
+    """Return EHLO replies that differ with TLS, as real servers' do."""
+
+    def answer(connection: Recorded, _line: bytes) -> bytes:
+        return hello(*(in_tls if is_encrypted(connection) else in_clear))
+
+    return answer
+
+
+MakeTlsServer = Callable[..., ScriptedServer]
+
+
+# --- The client ---
+
+
+def start_tls(
+    client: RawClient, context: ssl.SSLContext, name: str = HOST
+) -> ssl.SSLSocket:
+    """Shake hands as the client, whose 220 or connection has come."""
+    sock = context.wrap_socket(client.sock, server_hostname=name)
+    client.sock = sock
+    return sock
+
+
+def encrypted(client: RawClient, helo: bytes = b"EHLO client.example") -> bytes:
+    """Take a new connection through STARTTLS; return the second EHLO's reply."""
+    assert client.reply().startswith(b"220")
+    client.expect(helo, b"250")
+    client.expect(b"STARTTLS", b"220")
+    start_tls(client, client_context())
+    return client.expect(helo, b"250")
