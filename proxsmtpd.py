@@ -18,24 +18,30 @@ mail data streams through in large blocks.
 
 Processes.  `Daemon` starts: it binds, writes the pid file, drops privileges.  Then it
 serves alone, or a `Supervisor` forks workers that share its listening socket, each for
-one processor.  In each process the main thread accepts connections and handles signals;
-a session's thread owns its two sockets, its spools and its filter.  The sessions of a
+one processor.  The main thread of each process handles signals and, except in the
+supervisor, accepts connections; a session's thread owns its two sockets, its spools and
+its filter.  The sessions of a
 process have `Shared` in common, with `Shutdown`, which ends them and their filters; all
 processes have `ConnectionLimit` in common.
 
-TLS.  Where a side is encrypted, its channel has a `TlsSocket` in place of its socket,
-and nothing else changes.  The module ssl is imported only for that, and each function
-that needs it imports it for itself.
+TLS.  Where a side is encrypted, its channel has a `TlsSocket` in place of its socket;
+besides `Channel`, only `has_gone`, `linger` and `Listener._refuse` depend on TLS.
+`TlsState` says which commands have to wait for TLS.  Each function that needs the
+module ssl imports it, so that a daemon without TLS never loads it.
 
 Where to begin reading: `VERBS` and `Session` are the dialogue, `Transaction` is the
 message, `FilterRun` the filter, `SETTINGS` the configuration, `Daemon` the process.
 The sections before "The log" do no input and output.  Octets on the wire are bytes;
 configuration and log are str.
 
-To add a setting: a row in `SETTINGS`, an attribute of `Config`.  A verb: a row in
-`VERBS`, and a method of `Session` if no handler fits.  A reply: a constant below
-"Replies".  Each has an entry in the manuals, a setting also in the sample; `make check`
-names what is missing.
+To add a setting: a row in `SETTINGS`, an attribute of `Config`, a line in the sample.
+A verb: a row in `VERBS`, a method of `Session` if no handler fits, and its name in
+`_TLS_REFUSALS` if it may come before TLS.  A reply: a constant below "Replies", for
+`Refusal` or, to end the session, for `Hangup`.  A variable of the filter:
+`FILTER_VARIABLES`, `Envelope.filter_variables`, `EXAMPLES`.  A field of a message's log
+lines: `Envelope.describe` (first line) or `Transaction._log_message` (second line).
+Each has an entry in the manuals, and so has each error or warning.  `make check` names
+what is missing, except for verbs and for fields of the second line.
 """
 
 from __future__ import annotations
@@ -478,9 +484,7 @@ class Match(Enum):
 
     EXACT = auto()  # none that matters
     GUARDED = auto()  # such words are refused
-    PREFIX = (
-        auto()
-    )  # words with its first four letters are the verb, shorter are refused
+    PREFIX = auto()  # four letters of the verb stand for it, fewer are refused
 
 
 class Verb(NamedTuple):
@@ -1896,10 +1900,10 @@ class TlsMode(Enum):
     """When the connection to one side is encrypted."""
 
     OFF = "off"
-    MAY = "may"  # by STARTTLS, if both want it
-    REQUIRE = "require"  # by STARTTLS, or there is no mail; any certificate will do
-    VERIFY = "verify"  # as before, and the server's certificate is verified
-    IMPLICIT = "implicit"  # from the first octet; the server's is verified, too
+    MAY = "may"  # by STARTTLS, if the other side takes part
+    REQUIRE = "require"  # by STARTTLS, else no mail passes; any certificate will do
+    VERIFY = "verify"  # as REQUIRE, but the server's certificate is verified
+    IMPLICIT = "implicit"  # from the first octet; a server's certificate is verified
 
 
 # The modes in which the server's certificate is verified.
@@ -2504,7 +2508,8 @@ def expiry_of(context: ssl.SSLContext, path: bytes) -> float:
     """Return when the certificate of the clients' context expires, as `time.time` does.
 
     `path` is its file.  Python shows the certificates of peers alone, so the context
-    shakes hands with one that trusts it.  Raises `TlsFailure` or ssl.SSLError.
+    shakes hands with one that trusts it.  Raises `TlsFailure`, ssl.SSLError, or
+    ValueError if the handshake takes more steps.
     """
     import ssl
 
@@ -2515,7 +2520,7 @@ def expiry_of(context: ssl.SSLContext, path: bytes) -> float:
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     server = context.wrap_bio(to_server, to_client, server_side=True)
     client = trusting.wrap_bio(to_client, to_server)
-    for side in (client, server, client, server):
+    for side in (client, server, client, server, client):  # TLS 1.2 takes five steps
         with contextlib.suppress(ssl.SSLWantReadError):
             side.do_handshake()
     certificate = client.getpeercert()
@@ -2533,17 +2538,17 @@ def tls_reason(error: OSError) -> str:
     return shown(verdict or words or reason(error))
 
 
-# Octets that go through OpenSSL's buffers at a time.  These keep the size that they
-# once had, and larger blocks are not faster (measured).
+# Octets for one call of OpenSSL.  OpenSSL's buffers never shrink, so that larger blocks
+# would cost each session memory, and larger blocks are not faster (measured).
 TLS_BLOCK = 32 * 1024
 
 
 class TlsSocket(socket.socket):
     """A connected socket that encrypts what it sends, for a `Channel`.
 
-    It takes the place of a plain socket, which is detached.  OpenSSL sees memory only,
-    so that time limits, `MSG_PEEK` and `poll` work as they do without TLS: if it read
-    from the socket, it would wait without a limit.
+    It takes the descriptor of a plain socket, which is detached.  OpenSSL reads and
+    writes memory only, so that time limits and `MSG_PEEK` work as without TLS: OpenSSL
+    itself would wait for the socket without a limit.
     """
 
     def __init__(
@@ -2558,6 +2563,8 @@ class TlsSocket(socket.socket):
         """`name` is the peer's, as a client; `received` has come from it already."""
         import ssl
 
+        # First: if the rest fails, nobody can send anything in clear.
+        super().__init__(sock.family, sock.type, sock.proto, sock.detach())
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(
             self._incoming,
@@ -2568,7 +2575,7 @@ class TlsSocket(socket.socket):
         self._incoming.write(received)
         self._ahead = b""  # decrypted, but not taken yet
         self._is_at_end = False
-        super().__init__(sock.family, sock.type, sock.proto, sock.detach())
+        self._has_failed = False  # behind what is decrypted
 
     def shake_hands(self) -> bool:
         """Do what can be done of the handshake; return whether it is complete.
@@ -2602,12 +2609,14 @@ class TlsSocket(socket.socket):
     def recv(self, bufsize: int, flags: int = 0, /) -> bytes:
         """Return octets as a plain socket does, but maybe more than `bufsize`.
 
-        `poll` cannot see what stays here, so that only `MSG_PEEK` leaves anything.  A
-        record of which only a part has come, or that holds nothing, counts as nothing
-        (`BlockingIOError`).
+        Only `MSG_PEEK` leaves decrypted octets behind, since `poll` cannot see them.
+        Raises `BlockingIOError` if no octets could be decrypted yet, even where the
+        socket could be read: a record may be incomplete or empty.
         """
         is_peek = flags & socket.MSG_PEEK
-        while not self._is_at_end and len(self._ahead) < (bufsize if is_peek else 1):
+        while not (self._is_at_end or self._has_failed) and len(self._ahead) < (
+            bufsize if is_peek else 1
+        ):
             try:
                 self._receive(flags & socket.MSG_DONTWAIT)
                 self._decrypt()
@@ -2616,6 +2625,8 @@ class TlsSocket(socket.socket):
             if not is_peek:
                 break
         octets = self._ahead
+        if not octets and self._has_failed:
+            self._decrypt()  # which raises the failure
         if not octets and not self._is_at_end:
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         if is_peek:
@@ -2647,6 +2658,7 @@ class TlsSocket(socket.socket):
             # What came before it is good; it will be wrong the next time, too.
             if not any(octets):
                 raise OSError(errno.EPROTO, tls_reason(error)) from error
+            self._has_failed = True
         self._ahead = b"".join(octets)
         self._send_pending()  # an answer of the protocol's own, if there is any
 
@@ -2670,10 +2682,10 @@ class TlsSocket(socket.socket):
     def _announce_end(self) -> None:
         """Send the alert close_notify (RFC 8446 6.1), if that does not block.
 
-        After a failure it is the alert with the reason, which OpenSSL has written then.
+        After a failure, sends the alert with the reason that OpenSSL has written.
         """
         with contextlib.suppress(OSError):
-            self._tls.unwrap()  # wants to read the peer's, which is no error
+            self._tls.unwrap()  # raises, since the peer's close_notify is not here
         with contextlib.suppress(OSError):
             self._send_pending(socket.MSG_DONTWAIT)
 
@@ -2811,11 +2823,11 @@ class Channel:
         return self.lost(f"{self.side}: {what}", self.broken)
 
     def _encrypt(self, sock: TlsSocket, *stop: int) -> None:
-        """Go on in TLS from now on, by `sock`, which has taken our socket's place.
+        """Shake hands on `sock`, and use it from now on in place of the plain socket.
 
-        Raises `TlsFailure` if the handshake fails, or takes longer than the time limit,
-        and `ShuttingDown` when `stop`, a descriptor, can be read.  Nothing can be sent
-        any more then, least of all in clear.
+        Raises `TlsFailure` if the handshake fails or exceeds the time limit, and
+        `ShuttingDown` when the descriptor `stop` can be read.  After either nothing can
+        be sent.
         """
         self._socket = sock
         deadline = Deadline(self._timeout)
@@ -2912,7 +2924,7 @@ class ClientChannel(Channel):
         poller = select.poll()
         poller.register(self._socket, select.POLLIN | _HUNG_UP)
         events = sum(event for _, event in poller.poll(0))
-        if not events and not self.tls:  # which may have decrypted the end already
+        if not events and not self.tls:  # TLS may have read the connection's end
             return False
         if events & _RESET:
             return True
@@ -4361,10 +4373,11 @@ class Shared:
         self.named_files: dict[bytes, None] = {}  # temporary files that exist now
         self.shutdown = Shutdown()
 
-    def with_config(self, config: Config) -> Shared:
+    def with_config(self, config: Config, descriptor_limit: int) -> Shared:
         """Return the same for sessions with other settings."""
         other = copy.copy(self)
         other.config = config
+        other.descriptor_limit = descriptor_limit
         return other
 
 
@@ -4820,7 +4833,7 @@ class TlsState(Enum):
         require    REQUIRED --STARTTLS--> HANDSHAKE --> HELLO_DUE --EHLO--> ENCRYPTED
         implicit   HANDSHAKE --> ENCRYPTED
 
-    Nothing that the client sent in clear is known after the handshake (RFC 3207 4.2).
+    The handshake ends a transaction and a login that began in clear (RFC 3207 4.2).
     """
 
     OFF = auto()
@@ -4831,13 +4844,13 @@ class TlsState(Enum):
     ENCRYPTED = auto()
 
 
-# For each state the verbs with a refusal, or None for those that are let through, and
-# the refusal of all other verbs.  BDAT's own handler ends the session.
+# By state: the refusals of some verbs (None: the verb passes) and that of all others.
+# BDAT passes, since `_bdat` must end the session.  HANDSHAKE reads no commands.
 _TLS_REFUSALS: dict[
     TlsState, tuple[Mapping[bytes, Optional[Reply]], Optional[Reply]]
 ] = {
     TlsState.OFF: ({}, None),
-    # The server judges its own side: it would offer AUTH for passwords in clear here.
+    # If the server's side is encrypted, the server offers AUTH for passwords in clear.
     TlsState.OFFERED: (dict.fromkeys(AUTH_VERBS, AUTH_NEEDS_TLS), None),
     TlsState.REQUIRED: (
         dict.fromkeys((b"EHLO", b"HELO", b"NOOP", b"QUIT", b"STARTTLS", b"BDAT")),
@@ -5015,7 +5028,7 @@ class Session:
             return greeting
         reply = self.server.own_command(b"STARTTLS")
         if self.server.has_more:
-            # Somebody on the way may have put it there, to be read as if encrypted.
+            # An attacker may have added octets, to be read as if they came encrypted.
             raise self._not_encrypted("more came behind the reply to STARTTLS")
         if reply.code != 220:
             failure = self._not_encrypted(f"refused STARTTLS: {reply.text}")
@@ -5223,8 +5236,8 @@ class Session:
             ):
                 raise Hangup("client made too many errors", TOO_MANY_ERRORS)
 
-    # The handlers of `VERBS`: each returns the reply, or None if it has been given.
-    # They raise `Refusal` for what we refuse.
+    # The handlers of `VERBS`: each returns the reply, or None if the client has it, and
+    # raises `Refusal` to refuse the command, or `Hangup` to end the session.
 
     def _relay(self, command: Command) -> Reply:
         return self._ask_server(command.line, command.log_as)
@@ -5282,14 +5295,14 @@ class Session:
         if command.argument:
             raise Refusal(STARTTLS_ARGUMENT)
         if self.client.has_spoken():
-            # It would be taken for a command that came encrypted.
+            # These octets would be taken for a command that came encrypted.
             text = "client sent more behind STARTTLS"
             raise Hangup(text, NOTHING_BEHIND_STARTTLS)
         self.answer(READY_FOR_TLS)
         self.client.flush()
         self._tls = TlsState.HANDSHAKE
         self._encrypt_client()
-        # EHLO, which is due, resets the server, too.
+        # The client has to send EHLO next, which resets the server, too.
         self._envelope = Envelope()
         self._is_authenticated = False
         self._tls = TlsState.HELLO_DUE
@@ -5825,8 +5838,8 @@ class Worker:
         self.row = row  # of `ConnectionLimit`
         self.reports = reports  # a pipe for its statistics, which ends with it
         os.set_blocking(reports, False)
-        # The pipe stays open while a filter of its has not been executed yet.
-        self.end = -1  # a descriptor that is readable when it has ended, where there is
+        # A child of the worker holds the pipe open until the filter is executed.
+        self.end = -1  # the worker's pidfd, readable when it has ended; -1: none
         with contextlib.suppress(AttributeError, OSError):
             self.end = os.pidfd_open(pid)
         self.is_retired = False  # it only finishes its sessions
@@ -5876,8 +5889,8 @@ class Supervisor:
         SIGHUP            fork workers with the new configuration, and SIGUSR2 to the
                           old ones, which finish their sessions and end
 
-    Workers that lose their supervisor see the pipe's end, too.  This process has one
-    thread only, since no other would survive a fork.
+    If the supervisor dies, the workers see the end of the same pipe.  The supervisor
+    has one thread only, since a fork copies no other.
     """
 
     def __init__(self, daemon: Daemon) -> None:
@@ -5916,7 +5929,7 @@ class Supervisor:
         return [worker for worker in self._workers.values() if not worker.is_retired]
 
     def _replace(self) -> bool:
-        """Fork a worker in the place of a dead one, if it is time to; False if not."""
+        """Fork a missing worker after FORK_PAUSE; return whether none was missing."""
         numbers = {worker.number for worker in self._current()}
         count = process_count(self._daemon.config)
         missing = [n for n in range(count) if n not in numbers]
@@ -6036,6 +6049,7 @@ class Supervisor:
         if len(self._workers) > self._limit.MOST_ROWS - MAX_PROCESSES:
             self._log.error("couldn't reload: too many old worker processes")
             return
+        former = self._daemon.config
         if self._daemon.reload():
             old = self._current()
             numbers = range(process_count(self._daemon.config))
@@ -6044,6 +6058,7 @@ class Supervisor:
                     worker.is_retired = True
                     worker.signal(signal.SIGUSR2)
             else:
+                self._daemon.config = former
                 self._log.error("couldn't reload: the old worker processes go on")
         self._daemon.notify_ready()
 
@@ -6068,7 +6083,8 @@ class Supervisor:
         for worker in workers:
             worker.signal(signal.SIGQUIT, signal.SIGCONT)
         deadline = Deadline(WORKERS_GRACE)
-        while workers:
+        last = Deadline(2 * WORKERS_GRACE)  # for one that the system cannot even kill
+        while workers and not last.has_passed:
             if deadline.has_passed:
                 for worker in workers:
                     worker.signal(signal.SIGKILL)
@@ -6123,7 +6139,8 @@ def serve_alone(daemon: Daemon) -> None:
                 log_report(statistics, daemon.limit, daemon.log)
             if signals.take_reload():
                 if daemon.reload():
-                    listener.attach(listener.shared.with_config(daemon.config), signals)
+                    shared = daemon.reconfigure(listener.shared)
+                    listener.attach(shared, signals)
                 daemon.notify_ready()
     finally:
         daemon.notify_end()
@@ -6850,8 +6867,8 @@ def _certificate_warnings(context: ssl.SSLContext, path: bytes) -> list[str]:
     """Return a warning if a certificate has expired, or soon will."""
     try:
         left = expiry_of(context, path) - time.time()
-    except (TlsFailure, OSError):
-        return []  # the file is another one by now
+    except (TlsFailure, OSError, ValueError):
+        return []  # the file is another one by now, or OpenSSL allows no handshake
     name = f"certificate {printable(path)}"
     if left <= 0:
         return [f"{name} has expired"]
@@ -7335,7 +7352,8 @@ def make_log(options: Options) -> Log:
 def load_keys(config: Config, old: Optional[Config], log: Log) -> list[str]:
     """Read the certificates and the key that the settings name; return the errors.
 
-    If the key cannot be read any more, as it may be root's, the one in `old` stays.
+    If the certificate or the key for clients cannot be used, both stay as in `old`: a
+    key that only root may read cannot be read after the start.
     """
     errors = []
     try:
@@ -7362,16 +7380,19 @@ def load_config(
 ) -> Optional[Config]:
     """Read the configuration; log what is wrong with it, and then return None.
 
-    `directory` is what paths in it are relative to, `adapt` is as in `parse_config`,
-    `old` are the settings before a reload.
-    Raises `SystemRefused` if there is a file that cannot be read.
+    Paths in the file are relative to `directory`; `adapt` is as in `parse_config`;
+    `old` has the settings before a reload.  Raises `SystemRefused` if the file exists
+    but cannot be read, or, at a reload, is missing.
     """
     try:
         with open(to_octets(path), "rb") as file:
             octets = file.read()
         log.debug(f"read config file: {shown(path)}")
     except FileNotFoundError:
-        log.warning(f"configuration file not found: {shown(path)}")
+        text = f"configuration file not found: {shown(path)}"
+        if old is not None:  # without its filter, mail would pass unfiltered
+            raise SystemRefused(text) from None
+        log.warning(text)
         octets = b""
     except OSError as error:
         text = f"couldn't read config file: {shown(path)}: {reason(error)}"
@@ -7495,6 +7516,7 @@ class Daemon:
         write_pid_file(self._pid_file, at_end)
         protect_keys(config)
         drop_privileges(config, self.log, is_passed=passed is not None)
+        protect_keys(config)  # again, since the change of the user may have undone it
         threading.stack_size(STACK_SIZE)
         if parent is not None:
             self.log.places = (to_syslog,)
@@ -7537,6 +7559,10 @@ class Daemon:
         return Shared(
             self.config, self.log, self._environment, address, self._descriptor_limit
         )
+
+    def reconfigure(self, shared: Shared) -> Shared:
+        """Return what the sessions that begin from now on share."""
+        return shared.with_config(self.config, self._descriptor_limit)
 
     def reload(self) -> bool:
         """Read the configuration again (SIGHUP); return whether it was taken.

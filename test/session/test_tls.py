@@ -16,6 +16,7 @@ import socket
 import ssl
 import struct
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -1306,3 +1307,14 @@ def test_broken_tls_field_of_a_proxy_header() -> None:
     rest = ENDS + tls_field(VERSION[:-1])
     with pytest.raises(program.BadProxyHeader):
         program.ProxyHeader.parse(V2 + struct.pack("!H", len(rest)) + rest)
+
+
+def test_expiry_where_the_system_allows_tls_1_2_only(
+    certificates: Certificates,
+) -> None:
+    """That handshake takes a step more."""
+    path = certificates.path("good")
+    context = server_context(path)
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    left = program.expiry_of(context, os.fsencode(path)) - time.time()
+    assert left > 14 * 86400

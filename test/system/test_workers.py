@@ -686,6 +686,20 @@ def test_reload_that_fits_only_what_needs_a_restart(
     assert daemon.connect().message(MESSAGE) == QUEUED
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_reload_without_a_file_lets_nothing_pass_the_filter(
+    processes: int, proxsmtpd: StartDaemon
+) -> None:
+    """An editor may remove it for a moment; all that has a default would be right."""
+    settings = {"TransparentProxy": "client", "FilterCommand": "exit 1"}
+    daemon = proxsmtpd({"Processes": processes, **settings})
+    daemon.config.unlink()
+    daemon.process.send_signal(signal.SIGHUP)
+    daemon.wait_log("configuration file not found: ")
+    daemon.wait_log("configuration has errors, and stays as it was$")
+    assert "configuration reloaded" not in daemon.log()
+
+
 def test_reload_while_nothing_can_be_forked(
     parts: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -694,7 +708,12 @@ def test_reload_while_nothing_can_be_forked(
     def refuse() -> int:
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
-    parts.reload = lambda: True
+    def read_again() -> bool:
+        parts.config, _ = program.parse_config(b"OutAddress: 26\n", "")
+        return True
+
+    former = parts.config
+    parts.reload = read_again
     parts.notify_ready = lambda: None
     supervisor = program.Supervisor(parts)
     with subprocess.Popen(["sleep", "60"]) as process:
@@ -709,6 +728,7 @@ def test_reload_while_nothing_can_be_forked(
     os.close(reports_end)
     worker.close()
     assert parts.lines[-1] == "couldn't reload: the old worker processes go on"
+    assert parts.config is former  # for those that replace dead ones
 
 
 def test_ready_when_the_new_workers_are_there(
