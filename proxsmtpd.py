@@ -2576,6 +2576,8 @@ class TlsSocket(socket.socket):
         self._ahead = b""  # decrypted, but not taken yet
         self._is_at_end = False
         self._has_failed = False  # behind what is decrypted
+        self._unsent = b""  # encrypted, from `_taken` octets of a `send` that blocked
+        self._taken = 0
 
     def shake_hands(self) -> bool:
         """Do what can be done of the handshake; return whether it is complete.
@@ -2662,22 +2664,39 @@ class TlsSocket(socket.socket):
         self._ahead = b"".join(octets)
         self._send_pending()  # an answer of the protocol's own, if there is any
 
-    def sendall(self, data: Any, flags: int = 0, /) -> None:
-        """Send all octets; OSError before the handshake is complete."""
+    def send(self, data: Any, flags: int = 0, /) -> int:
+        """Send the first octets and return how many, as a plain socket does.
+
+        After `BlockingIOError` it has to be called again with the same octets.  Raises
+        OSError before the handshake is complete.
+        """
         import ssl
 
+        if not self._taken:
+            rest = memoryview(data)
+            while rest and self._outgoing.pending < TLS_BLOCK:
+                try:
+                    rest = rest[self._tls.write(rest) :]  # a record at a time
+                except ssl.SSLError as error:
+                    raise OSError(errno.EPROTO, tls_reason(error)) from error
+            self._taken = len(data) - len(rest)
+        self._send_pending(flags)
+        taken, self._taken = self._taken, 0
+        return taken
+
+    def sendall(self, data: Any, flags: int = 0, /) -> None:
         rest = memoryview(data)
         while rest:
-            try:
-                rest = rest[self._tls.write(rest) :]  # a record at a time
-            except ssl.SSLError as error:
-                raise OSError(errno.EPROTO, tls_reason(error)) from error
-            if not rest or self._outgoing.pending >= TLS_BLOCK:
-                self._send_pending(flags)
+            rest = rest[self.send(rest, flags) :]
 
     def _send_pending(self, flags: int = 0) -> None:
-        if self._outgoing.pending:
-            super().sendall(self._outgoing.read(), flags)
+        """Send what OpenSSL has written; what is left by an OSError is kept."""
+        rest = memoryview(self._unsent + self._outgoing.read())
+        try:
+            while rest:
+                rest = rest[super().send(rest, flags) :]
+        finally:
+            self._unsent = bytes(rest)
 
     def _announce_end(self) -> None:
         """Send the alert close_notify (RFC 8446 6.1), if that does not block.
@@ -2780,13 +2799,23 @@ class Channel:
     broken: Optional[Reply] = None  # to the client, when the connection breaks
     silent: Optional[Reply] = None  # and when it stalls
 
-    def __init__(self, sock: socket.socket, timeout: float, log: Log) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        timeout: float,
+        log: Log,
+        *,
+        receive_timeout: float,
+        send_timeout: float,
+    ) -> None:
+        """The two last say how long one system call may block."""
         self._socket = sock
         self._timeout = timeout
         self._log = log
         self.tls = ""  # protocol and cipher, once it is encrypted
         sock.setblocking(True)
-        set_timeout(sock, socket.SO_SNDTIMEO, timeout)
+        set_timeout(sock, socket.SO_RCVTIMEO, receive_timeout)
+        set_timeout(sock, socket.SO_SNDTIMEO, send_timeout)
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -2808,9 +2837,11 @@ class Channel:
         return octets
 
     def send(self, octets: bytes) -> None:
-        """Send all octets."""
+        """Send all octets; TimeOut limits how long none at all can be sent."""
+        rest = memoryview(octets)
         try:
-            self._socket.sendall(octets)
+            while rest:
+                rest = rest[self._send_some(rest) :]
         except OSError as error:
             if error.errno in _AGAIN:
                 text = f"{self.side}: network write operation timed out"
@@ -2818,6 +2849,10 @@ class Channel:
             raise self._broken(
                 f"couldn't write data to socket: {reason(error)}"
             ) from error
+
+    def _send_some(self, octets: memoryview) -> int:
+        """Send the first octets and return how many; OSError if that fails."""
+        return self._socket.send(octets)
 
     def _broken(self, what: str) -> Hangup:
         return self.lost(f"{self.side}: {what}", self.broken)
@@ -2873,10 +2908,11 @@ class ClientChannel(Channel):
     lost = ClientLost
 
     def __init__(self, sock: socket.socket, timeout: float, log: Log) -> None:
-        super().__init__(sock, timeout, log)
         # A busy client costs one recv.  If it pauses, `Session.watch` polls it together
         # with the server and the shutdown.
-        set_timeout(sock, socket.SO_RCVTIMEO, CLIENT_POLL)
+        super().__init__(
+            sock, timeout, log, receive_timeout=CLIENT_POLL, send_timeout=timeout
+        )
         self.commands = CommandBuffer()
         self._replies: list[bytes] = []
         self._held = 0
@@ -2961,6 +2997,7 @@ class ClientChannel(Channel):
                 left -= len(octets)
 
 
+SERVER_POLL = 0.05  # seconds to wait for a busy server before its words are looked for
 REPLY_HOLD = 0.5  # seconds to hold pipelined replies back while the server is silent
 
 
@@ -2980,8 +3017,9 @@ class ServerChannel(Channel):
         client: Optional[ClientChannel] = None,
     ) -> None:
         """`client` gets its held replies while this side is slow."""
-        super().__init__(sock, timeout, log)
-        set_timeout(sock, socket.SO_RCVTIMEO, timeout)
+        super().__init__(
+            sock, timeout, log, receive_timeout=timeout, send_timeout=SERVER_POLL
+        )
         self._client = client
         self._replies = ReplyBuffer()
 
@@ -3068,13 +3106,26 @@ class ServerChannel(Channel):
         last_word = reply if is_news else SERVER_CONFUSED
         raise ServerLost(f"SERVER: unsolicited reply: {reply.text}", last_word)
 
-    def send(self, octets: bytes) -> None:
-        try:
-            super().send(octets)
-        except ServerLost:
-            # A server that has closed the connection may have sent the reason.
-            self._relay_last_word()
-            raise
+    def _send_some(self, octets: memoryview) -> int:
+        """See `Channel`; here a server that speaks meanwhile ends the session.
+
+        It may have stopped reading, or closed the connection and sent the reason.
+        """
+        deadline = Deadline(self._timeout)
+        while True:
+            try:
+                return self._socket.send(octets)
+            except BlockingIOError:
+                if deadline.has_passed:
+                    raise
+            except OSError:
+                self._relay_last_word()
+                raise
+            poller = select.poll()
+            poller.register(self._socket, select.POLLIN | select.POLLOUT)
+            poller.poll(deadline.left * 1000)
+            if self.has_spoken():
+                self.relay_unsolicited()
 
     def _relay_last_word(self) -> None:
         with contextlib.suppress(ServerLost):

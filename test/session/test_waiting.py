@@ -11,21 +11,25 @@ import os
 import re
 import select
 import signal
+import socket
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from helpers import (
+    MEGABYTE,
     PATIENCE,
     QUEUED,
     Daemon,
     MakeServer,
     StartDaemon,
     is_listening,
+    long_message,
     poll,
     port_of,
     program_under_test,
@@ -33,7 +37,8 @@ from helpers import (
     write_config,
 )
 from proxsmtpd import DATA_GRACE, LOG_LINE_LIMIT
-from smtp import Chunks, Delay, RawClient, ScriptedServer
+from smtp import Chunks, Delay, RawClient, Recorded, ScriptedServer
+from tls import Certificates, hello_by_tls, server_context, starttls
 
 GONE = b"421 Connection to server lost\r\n"
 
@@ -116,6 +121,65 @@ def test_server_gives_its_reason_during_data(
     daemon.wait_log("SERVER < 421 4.3.2 Going down")
     assert client.command(b"x\r\n.") == b"421 4.3.2 Going down\r\n"
     assert server.messages == []
+
+
+# --- A server that does not read ---
+
+TOO_MUCH = 24 * MEGABYTE  # for the buffers of a connection
+
+
+def stops_reading(
+    connection: Recorded, last_word: bytes = b"", *, shut_down: bool = False
+) -> None:
+    """Reply to DATA, read nothing more, and after a while say the last word."""
+    connection.send(b"354 Go ahead\r\n")
+    time.sleep(1)  # until the daemon cannot send any more
+    connection.send(last_word)
+    if shut_down:
+        connection.sock.shutdown(socket.SHUT_WR)
+    ended = select.poll()
+    ended.register(connection.sock, select.POLLRDHUP)
+    ended.poll(PATIENCE * 1000)
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["clear", "tls"])
+@pytest.mark.parametrize("command", ["cat", ""], ids=["filtered", "streamed"])
+@pytest.mark.parametrize("shut_down", [False, True], ids=["stays", "shuts-down"])
+def test_server_that_stops_reading_says_why(
+    shut_down: bool,
+    command: str,
+    tls: bool,
+    certificates: Certificates,
+    make_server: MakeServer,
+    proxsmtpd: StartDaemon,
+) -> None:
+    """Its reply is looked for while nothing can be sent, long before TimeOut."""
+    script: dict[str, Any] = {
+        "DATA": lambda connection, _line: stops_reading(
+            connection, b"421 4.3.2 Disk full\r\n", shut_down=shut_down
+        )
+    }
+    settings: dict[str, object] = {"FilterCommand": command}
+    if tls:
+        context = server_context(certificates.path("good"))
+        script["EHLO"] = hello_by_tls([b"STARTTLS"], [])
+        script["STARTTLS"] = starttls(context)
+        settings["OutTls"] = "require"
+    client = in_data(proxsmtpd(settings, server=make_server(script)))
+    client.send(long_message(TOO_MUCH) + b".\r\n")
+    assert client.reply() == b"421 4.3.2 Disk full\r\n"
+
+
+@pytest.mark.parametrize("command", ["cat", ""], ids=["filtered", "streamed"])
+def test_server_that_stops_reading_says_nothing(
+    command: str, make_server: MakeServer, proxsmtpd: StartDaemon
+) -> None:
+    server = make_server({"DATA": lambda connection, _line: stops_reading(connection)})
+    daemon = proxsmtpd({"FilterCommand": command, "TimeOut": 2}, server=server)
+    client = in_data(daemon)
+    client.send(long_message(TOO_MUCH) + b".\r\n")
+    assert client.reply() == b"421 Server timed out\r\n"
+    daemon.wait_log("SERVER: network write operation timed out")
 
 
 def test_refused_message_that_never_ends(proxsmtpd: StartDaemon) -> None:
