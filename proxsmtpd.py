@@ -3083,13 +3083,11 @@ class ServerChannel(Channel):
         client = self._client
         if client is not None and client.holds_replies and not self.wait(REPLY_HOLD):
             client.flush()
-        octets = None
-        # No poll before the first recv: SO_RCVTIMEO limits that already.
-        is_late = deadline.has_passed
-        if not self.has_more or (not is_late and self.wait(deadline.left)):
-            octets = self.receive()
+        # No poll before the first recv: SO_RCVTIMEO limits that already.  It may give
+        # nothing but a part of a TLS record.
+        octets = None if self.has_more else self.receive()
         while octets is None and not deadline.has_passed and self.wait(deadline.left):
-            octets = self.receive()  # it was only a part of a TLS record
+            octets = self.receive()
         if octets is None:
             text = "SERVER: network read operation timed out"
             raise ServerLost(text, SERVER_TIMED_OUT)
@@ -4477,9 +4475,8 @@ class Transaction:
         self._spools = contextlib.ExitStack()
         self.original: Spool  # as the client sent it, until the filter runs
         self._file: Optional[NamedSpool] = None  # with FilterType: file
-        self._file_failure: Optional[SpoolFailure] = (
-            None  # observed, as if the filter failed
-        )
+        # With FilterMode: observe, why the filter's file could not be written.
+        self._file_failure: Optional[SpoolFailure] = None
         self.message: Spool  # that goes to the server
         # The filter.
         self.environment: Mapping[bytes, bytes] = {}  # of its process
@@ -5052,8 +5049,7 @@ class Session:
         """
         mode = self.config.out_tls
         self._connect()
-        with contextlib.ExitStack() as on_failure:
-            on_failure.callback(self._close_server)
+        try:
             if mode is TlsMode.IMPLICIT:
                 try:
                     self._encrypt_server()
@@ -5063,7 +5059,9 @@ class Session:
             greeting = self.server.read_reply()
             if greeting.code == 220 and mode in _BY_STARTTLS:
                 greeting = self._start_server_tls(greeting)
-            on_failure.pop_all()
+        except Hangup:
+            self.server.close()
+            raise
         return greeting
 
     def _start_server_tls(self, greeting: Reply) -> Reply:
@@ -5099,9 +5097,6 @@ class Session:
             return self.server.read_reply()
         return greeting
 
-    def _close_server(self) -> None:
-        self.server.close()  # whichever it is by then
-
     def _encrypt_server(self) -> None:
         """Shake hands with the server; `TlsFailure` if that fails."""
         context, draining = self.config.server_tls, self.shared.shutdown.draining
@@ -5120,8 +5115,9 @@ class Session:
         try:
             targets = resolve(address, address.host)
             # `_original_destination` has a check of its own.
-            leads_back = leads_to_listener(targets, self.shared.listening_on)
-            if leads_back and not self.config.is_transparent:
+            if not self.config.is_transparent and leads_to_listener(
+                targets, self.shared.listening_on
+            ):
                 raise ServerLost(f"loop detected: {OWN_LISTENER}", NO_SERVER)
             sock, sockaddr = connect(targets, self.config.timeout, source)
             self.server = ServerChannel(
@@ -5255,10 +5251,11 @@ class Session:
         """Refuse what has to wait for TLS, or comes too late."""
         refusals, of_others = _TLS_REFUSALS[self._tls]
         refusal = refusals.get(verb, of_others)
-        if refusal is not None and verb == b"DATA":
+        if refusal is None:
+            return
+        if verb == b"DATA":
             self._refuse_data(refusal)
-        if refusal is not None:
-            raise Refusal(refusal)
+        raise Refusal(refusal)
 
     def _parse(self, line: bytes) -> Command:
         """Parse a command line; one that is refused is logged here."""
