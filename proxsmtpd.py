@@ -61,6 +61,7 @@ import math
 import mmap
 import os
 import pwd
+import queue
 import re
 import resource
 import select
@@ -597,6 +598,10 @@ class Command(NamedTuple):
         return b" ".join([*public, *(b"[...]" for _ in words[len(public) :])])
 
 
+# What nearly all paths are, up to the parameters.
+_ORDINARY_PATH = re.compile(
+    rb"<([\w.+=-]+@[\w-]+(?:\.[\w-]+)*)>(?:\Z|[ \t]+(?=[A-Za-z0-9]))"
+)
 # The pieces of a path (RFC 5321 4.1.2), and of what RFC 822 allows more of.  Dots may
 # stand anywhere in a local part: `a..b@c` is in use.  8-bit octets are SMTPUTF8's.
 _PATH_PREFIX = re.compile(rb"([A-Za-z]+)[ \t\v\f]*:[ \t\v\f]*")
@@ -657,14 +662,12 @@ def read_path(argument: bytes, prefix: bytes) -> Path:
     match = _PATH_PREFIX.match(argument)
     if match is None or match[1].upper() != prefix:
         raise Refusal(BAD_ADDRESS)
-    reader = _PathReader(argument, match.end())
-    brackets = reader.open_brackets()
-    address = reader.address(is_bracketed=brackets > 0)
-    for _ in range(brackets):
-        reader.skip()
-        reader.expect(b">")
-    reader.skip()
-    end = reader.position
+    ordinary = _ORDINARY_PATH.match(argument, match.end())
+    if ordinary is not None:  # which takes a tenth of the reader's time
+        address, end = ordinary[1], ordinary.end()
+    else:
+        reader = _PathReader(argument, match.end())
+        address, end = reader.path(), reader.position
     parameters = argument[end:].rstrip(_BLANKS)
     is_separate = end == len(argument) or argument[end - 1] in _BLANKS
     if not is_separate or not all(map(_PARAMETER.fullmatch, parameters.split())):
@@ -708,6 +711,16 @@ class _PathReader:
             depth += {b"(": 1, b")": -1}.get(found, 0)
         if depth:
             raise Refusal(BAD_ADDRESS)
+
+    def path(self) -> bytes:
+        """Take the path up to the parameters; return its address."""
+        brackets = self.open_brackets()
+        address = self.address(is_bracketed=brackets > 0)
+        for _ in range(brackets):
+            self.skip()
+            self.expect(b">")
+        self.skip()
+        return address
 
     def open_brackets(self) -> int:
         """Skip display names and the brackets after them; returns their number."""
@@ -2362,6 +2375,7 @@ class Log:
         self.level = level
         self.places = places
         self.prefix = prefix
+        self.is_info = level >= INFO
         self.is_debug = level >= DEBUG
 
     def with_prefix(self, prefix: str) -> Log:
@@ -4469,7 +4483,7 @@ class Transaction:
         self._reader = MailDataReader()
         self._start = b""  # of the message, for its Message-ID
         self._watches_server = True  # while the client sends
-        self._next_look = 0.0  # at the server and the shutdown
+        self._next_look = self._begun + CLIENT_POLL  # at the server and the shutdown
         self.size = 0  # of the message, in octets
         # The message in memory or on disk.
         self._spools = contextlib.ExitStack()
@@ -4566,6 +4580,8 @@ class Transaction:
         That has the size in octets, the seconds that the filter and the server took,
         and the server's reply, which often names the message in the server's log.
         """
+        if not self._log.is_info:
+            return
         self._session.log_message(envelope, status)
         fields = [f"size={self.size}"]
         found = _MESSAGE_ID.search(self._start)
@@ -5561,6 +5577,45 @@ ACCEPT_PAUSE = 0.2  # seconds without accepting when the system is exhausted
 LATE_START_CHECK = 1.0  # seconds between checks for programs that do not begin
 
 
+NEXT_CALL = 1.0  # seconds that a thread waits for the next call
+
+
+class Threads:
+    """Runs each call of a function in a thread, new or waiting for its next call.
+
+    A new thread costs some 40 us more, which is a twentieth of a short session.
+    """
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._function = function
+        # The last to wait is the first to go on, so that the others may end.
+        self._waiting: list[queue.SimpleQueue[tuple[Any, ...]]] = []
+
+    def start(self, *arguments: Any) -> None:
+        """Call the function in a thread; RuntimeError if none can be started."""
+        try:
+            calls = self._waiting.pop()
+        except IndexError:
+            # Not threading.Thread, whose start waits until the thread runs.
+            _thread.start_new_thread(self._run, arguments)
+        else:
+            calls.put(arguments)
+
+    def _run(self, *arguments: Any) -> None:
+        while True:
+            self._function(*arguments)
+            calls: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
+            self._waiting.append(calls)
+            try:
+                arguments = calls.get(timeout=NEXT_CALL)
+            except queue.Empty:
+                try:
+                    self._waiting.remove(calls)
+                    return
+                except ValueError:  # `start` was faster
+                    arguments = calls.get()
+
+
 class Listener(socketserver.ThreadingTCPServer):
     """Accepts connections and gives each a thread and a `Session`.
 
@@ -5592,6 +5647,7 @@ class Listener(socketserver.ThreadingTCPServer):
         # accepted and refused.
         self._spare: Optional[int] = None
         self._take_spare()
+        self._session_threads = Threads(self.process_request_thread)
         self._is_exhausted = False  # and the log has said so
         self._is_closing = False  # and waits for the sessions
         self._owner = os.getpid()  # removes the file of a Unix socket
@@ -5733,10 +5789,7 @@ class Listener(socketserver.ThreadingTCPServer):
             # Sessions must not take all memory: without any, CPython's handling of an
             # exception may start again and again.
             mmap.mmap(-1, MEMORY_MARGIN, mmap.MAP_PRIVATE).close()
-            # Not threading.Thread, whose start waits until the thread runs.
-            _thread.start_new_thread(
-                self.process_request_thread, (request, (number, client_address))
-            )
+            self._session_threads.start(request, (number, client_address))
             self.shared.statistics.count("accepted")
         except (OSError, RuntimeError, MemoryError) as error:
             self._limit.give_back()

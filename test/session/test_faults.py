@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import pwd
 import re
 import resource
 import select
@@ -36,6 +35,7 @@ from helpers import (
     PATIENCE,
     StartDaemon,
     as_root,
+    idle_user,
     open_files,
     poll,
     port_of,
@@ -632,17 +632,6 @@ def test_table_is_complete(
 
 
 # --- The machine ---
-
-
-def idle_user() -> str:
-    """Return a user without processes, whom the system's limits hold for."""
-    busy = set()
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(FileNotFoundError):  # It has ended meanwhile.
-            busy.add(process.stat().st_uid)
-    idle = [entry.pw_name for entry in pwd.getpwall() if entry.pw_uid not in busy]
-    # Another run of these tests shall choose somebody else.
-    return idle[os.getpid() % len(idle)]
 
 
 @contextlib.contextmanager

@@ -562,6 +562,17 @@ def some_user() -> pwd.struct_passwd:
     pytest.skip("no unprivileged user")
 
 
+def idle_user() -> str:
+    """Return a user without processes, whom the system's limits hold for."""
+    busy = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(FileNotFoundError):  # It has ended meanwhile.
+            busy.add(process.stat().st_uid)
+    idle = [entry.pw_name for entry in pwd.getpwall() if entry.pw_uid not in busy]
+    # Another run of these tests shall choose somebody else.
+    return idle[os.getpid() % len(idle)]
+
+
 def fake_devices(place: Path, log: socket.socket) -> Path:
     """Return a directory for /dev, in which `log` is the system's log."""
     devices = place / "dev"

@@ -37,6 +37,7 @@ from helpers import (
     StartDaemon,
     as_root,
     fake_devices,
+    idle_user,
     is_listening,
     marked_processes,
     mounted,
@@ -1009,9 +1010,8 @@ def received(client: RawClient) -> bytes:
 
 @as_root
 def test_no_threads_left(detach: Detach) -> None:
-    user = some_user()
     daemon = detach(
-        {"User": user.pw_name, "Processes": 1},
+        {"User": idle_user(), "Processes": 1},
         preexec_fn=limited(resource.RLIMIT_NPROC, 6),
     )
     clients = [RawClient(daemon.address) for _ in range(12)]

@@ -1,10 +1,11 @@
-"""A filter's process by itself, where the system or the filter misbehaves."""
+"""Filters' processes and sessions' threads, and how they stand what goes wrong."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
+import queue
 import resource
 import signal
 import socket
@@ -25,6 +26,7 @@ from proxsmtpd import (
     KeepAlive,
     Log,
     Spawn,
+    Threads,
     Transaction,
     UnlockedSpawn,
 )
@@ -299,6 +301,49 @@ def test_no_descriptor_to_watch_a_process(
     monkeypatch.setattr(os, "pipe", none_left)
     with pytest.raises(OSError, match="Too many open files"):
         process._watch_exit()
+
+
+# --- Threads ---
+
+
+def test_thread_waits_for_its_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It makes that one, if it comes soon, and ends if none comes."""
+    monkeypatch.setattr(program, "NEXT_CALL", 0.5)
+    made: list[tuple[int, int]] = []
+    threads = Threads(lambda call: made.append((call, threading.get_native_id())))
+    for call in range(3):
+        threads.start(call)
+        assert poll(lambda: len(threads._waiting) == 1)
+    assert [call for call, _ in made] == [0, 1, 2]
+    (thread,) = {thread for _, thread in made}
+    if program.IS_LINUX:
+        task = Path(f"/proc/self/task/{thread}")
+        assert task.exists()
+        assert poll(lambda: not task.exists())
+    assert poll(lambda: threads._waiting == [])
+    threads.start(3)
+    assert poll(lambda: [call for call, _ in made] == [0, 1, 2, 3])
+
+
+def test_call_when_a_thread_has_waited_long_enough(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The thread makes it, though its waiting time was over a moment before."""
+    made: list[int] = []
+    threads = Threads(made.append)
+
+    class LateQueue(queue.SimpleQueue[Any]):
+        def get(self, block: bool = True, timeout: Any = None) -> Any:
+            if timeout is not None and made == [1]:
+                threads.start(2)
+                raise queue.Empty
+            return super().get(block, timeout)
+
+    monkeypatch.setattr(queue, "SimpleQueue", LateQueue)
+    monkeypatch.setattr(program, "NEXT_CALL", 0.01)
+    threads.start(1)
+    assert poll(lambda: made == [1, 2])
+    assert poll(lambda: threads._waiting == [])
 
 
 # --- What else the system may say ---
