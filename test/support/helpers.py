@@ -25,7 +25,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Callable, Union
 
@@ -152,11 +152,19 @@ def poll(condition: Callable[[], object], timeout: float = PATIENCE) -> bool:
     return True
 
 
-def marked_processes(mark: str) -> dict[int, str]:
-    """Return the live processes that have the mark, with their names."""
+def processes() -> set[str]:
+    """Return the numbers of all processes, zombies too."""
+    return set(filter(str.isdigit, os.listdir("/proc")))  # Path.glob is slow here
+
+
+def marked_processes(mark: str, others: Collection[str] = ()) -> dict[int, str]:
+    """Return the live processes that have the mark, with their names.
+
+    It costs 10 us to look at one, so `others` are those that cannot have it.
+    """
     found = {}
     wanted = f"{MARKER}={mark}".encode()
-    for pid in filter(str.isdigit, os.listdir("/proc")):  # Path.glob is slow here
+    for pid in processes().difference(others):
         try:
             with open(f"/proc/{pid}/environ", "rb") as environ:
                 if wanted in environ.read().split(b"\0"):
@@ -243,6 +251,7 @@ class Daemon:
         self._clients: list[RawClient] = []
         self._changed = threading.Condition()
         self._stopped = False
+        self._older = processes()  # than any of its own
         self.process: subprocess.Popen[bytes] = subprocess.Popen(
             command,
             env={**env, MARKER: self.mark},
@@ -281,7 +290,9 @@ class Daemon:
         """Wait for the first match (of several lines' mode) in the log."""
         expression = re.compile(pattern, re.M)
         with self._changed:
-            self._changed.wait_for(lambda: expression.search(self._log), timeout)
+            self._changed.wait_for(
+                lambda: expression.search(self._log) or self._stderr.closed, timeout
+            )
             found = expression.search(self._log)
         assert found, f"no {pattern!r} within {timeout} s in this log:\n{self._log}"
         return found
@@ -350,7 +361,7 @@ class Daemon:
             return ["it did not end at SIGTERM"]
 
     def _end_children(self) -> list[str]:
-        left = marked_processes(self.mark)
+        left = marked_processes(self.mark, self._older)
         for pid in left:
             os.kill(pid, signal.SIGKILL)
         return [f"it left the process {pid} ({name})" for pid, name in left.items()]
@@ -447,10 +458,10 @@ class DaemonFactory:
             **options,
         )
         self._daemons.append(daemon)
+        if wait and level >= 4 and not logs_elsewhere:
+            daemon.wait_log("accepting connections$")
         if wait:
             daemon.wait_listening()
-            if level >= 4 and not logs_elsewhere:
-                daemon.wait_log("accepting connections$")
         return daemon
 
     def _configure(self, config: Path, text: str, server: ScriptedServer) -> str:
