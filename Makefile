@@ -71,13 +71,14 @@ demo:
 	@PYTHONPATH=test/support $(PYTHON) test/tools/demo.py
 
 # Side by side where pytest-xdist is there or can be had, else one after the other.
+# Without byte code each of the processes would compile all tests again.
 check:
 	@$(REFUSE_QUOTES)
 	@if $(PYTHON) -c 'import pytest, xdist' 2>/dev/null; then python='$(PYTHON)'; \
 	elif $(MAKE) $(VENV)/bin/pytest; then python=$(VENV)/bin/python; \
 	else python='$(PYTHON)'; fi && \
 	if "$$python" -c 'import xdist' 2>/dev/null; then jobs='$(JOBS)'; fi && \
-	"$$python" -m pytest $$jobs $(PYTEST_ARGS)
+	PYTHONDONTWRITEBYTECODE= "$$python" -m pytest $$jobs $(PYTEST_ARGS)
 
 soak:
 	@PYTHONPATH=test/support $(PYTHON) test/tools/soak.py $(MINUTES)

@@ -16,7 +16,14 @@ from typing import Any
 import pytest
 
 from detached import Detach, DetachedFactory
-from helpers import DaemonFactory, MakeFilter, MakeServer, StartDaemon
+from helpers import (
+    DaemonFactory,
+    MakeFilter,
+    MakeServer,
+    ShareDaemon,
+    SharedDaemons,
+    StartDaemon,
+)
 from smtp import ScriptedServer
 from tls import Certificates
 
@@ -99,6 +106,27 @@ def proxsmtpd(
     factory = DaemonFactory(tmp_path, server, getattr(request, "param", ()))
     yield factory
     factory.finish()
+
+
+@pytest.fixture(scope="module")
+def shared_daemons(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[SharedDaemons]:
+    """Provide the daemons of `shared_daemon`, each of which must end at SIGTERM."""
+    daemons = SharedDaemons(tmp_path_factory.mktemp("shared"))
+    yield daemons
+    daemons.finish()
+
+
+@pytest.fixture
+def shared_daemon(shared_daemons: SharedDaemons) -> Iterator[ShareDaemon]:
+    """Provide daemons with servers, `daemon, server = shared_daemon(settings, script)`.
+
+    The daemon has served other tests with these settings, and its log begins with this
+    one.  At its end the daemon must be idle, with no traceback and no temporary file.
+    """
+    yield shared_daemons
+    shared_daemons.end_test()
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ from typing import Callable
 
 import pytest
 
-from helpers import Daemon, MakeServer, StartDaemon, port_of, reserve_port
+from helpers import Daemon, MakeServer, ShareDaemon, StartDaemon, port_of, reserve_port
 from proxsmtpd import REPLY_HOLD
 from smtp import (
     Action,
@@ -290,14 +290,9 @@ def merged(
 
 
 @pytest.mark.parametrize("path", TRANSCRIPTS, ids=lambda path: path.stem)
-def test_transcript(
-    path: Path,
-    make_server: MakeServer,
-    proxsmtpd: StartDaemon,
-) -> None:
+def test_transcript(path: Path, shared_daemon: ShareDaemon) -> None:
     transcript = read(path)
-    server = make_server(transcript.script)
-    daemon = proxsmtpd(transcript.settings, server=server)
+    daemon, server = shared_daemon(transcript.settings, transcript.script)
     Runner(daemon, server).run(transcript.steps)
 
 

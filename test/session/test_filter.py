@@ -868,10 +868,10 @@ def test_memory_is_bounded(
     daemon = proxsmtpd(settings, level=3)
     assert deliver(daemon) == QUEUED
     before = daemon.peak_memory()
-    message = long_message(50 * MEGABYTE)
+    message = long_message(24 * MEGABYTE)
     assert deliver(daemon, message) == QUEUED
     assert server.wait_message(2).data == message
-    assert daemon.peak_memory() - before < 16 * MEGABYTE
+    assert daemon.peak_memory() - before < 8 * MEGABYTE
 
 
 def test_memory_for_standard_error_is_bounded(proxsmtpd: StartDaemon) -> None:

@@ -35,6 +35,7 @@ from helpers import (
     DaemonFactory,
     MakeFilter,
     MakeServer,
+    ShareDaemon,
     StartDaemon,
     as_root,
     deliver,
@@ -240,15 +241,14 @@ def test_server_side(
     mode: str,
     upstream: str,
     certificates: Certificates,
-    make_server: MakeServer,
-    proxsmtpd: StartDaemon,
+    shared_daemon: ShareDaemon,
 ) -> None:
     """A session is encrypted, or in clear, or the client gets a 421 for a greeting."""
     outcome = OUTCOMES[mode][upstream]
-    server = make_server(UPSTREAMS[upstream](certificates))
     is_slow = outcome is SLOW or STALLED in outcome.log
     settings = out_tls(mode, certificates, TimeOut=2 if is_slow else 20)
-    daemon = proxsmtpd(settings, server=server, level=3)
+    script = UPSTREAMS[upstream](certificates)
+    daemon, server = shared_daemon(settings, script, level=3)
     client = daemon.connect(timeout=30)
     assert client.reply() == outcome.greeting
     if outcome.greeting == GREETING:
@@ -520,12 +520,17 @@ def test_clients_side(
     certificates: Certificates,
     make_server: MakeServer,
     proxsmtpd: StartDaemon,
+    shared_daemon: ShareDaemon,
 ) -> None:
-    server = make_server({"EHLO": hello(b"STARTTLS", b"AUTH PLAIN")})
+    script = {"EHLO": hello(b"STARTTLS", b"AUTH PLAIN")}
     settings = listen_tls(
         mode, certificates.path("good"), TimeOut=1 if act is silent else 20
     )
-    daemon = proxsmtpd(settings, server=server, level=3)
+    if act is sigterm:
+        server = make_server(script)
+        daemon = proxsmtpd(settings, server=server, level=3)
+    else:
+        daemon, server = shared_daemon(settings, script, level=3)
     client = daemon.connect(timeout=30)
     assert seen_by(act, Listening(client, daemon, certificates)) == ending.seen
     client.close()

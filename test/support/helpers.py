@@ -25,13 +25,13 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Callable, Union
 
 import pytest
 
-from smtp import RawClient, Recorded, ScriptedServer
+from smtp import RawClient, Recorded, Reply, ScriptedServer
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = str(ROOT / "proxsmtpd.py")
@@ -63,6 +63,7 @@ Settings = Union[str, Mapping[str, object]]
 StartDaemon = Callable[..., "Daemon"]
 MakeServer = Callable[..., ScriptedServer]
 MakeFilter = Callable[[str], str]
+ShareDaemon = Callable[..., tuple["Daemon", ScriptedServer]]
 
 
 @functools.cache
@@ -152,11 +153,19 @@ def poll(condition: Callable[[], object], timeout: float = PATIENCE) -> bool:
     return True
 
 
-def marked_processes(mark: str) -> dict[int, str]:
-    """Return the live processes that have the mark, with their names."""
+def processes() -> set[str]:
+    """Return the numbers of all processes, zombies too."""
+    return set(filter(str.isdigit, os.listdir("/proc")))  # Path.glob is slow here
+
+
+def marked_processes(mark: str, others: Collection[str] = ()) -> dict[int, str]:
+    """Return the live processes that have the mark, with their names.
+
+    It costs 10 us to look at one, so `others` are those that cannot have it.
+    """
     found = {}
     wanted = f"{MARKER}={mark}".encode()
-    for pid in filter(str.isdigit, os.listdir("/proc")):  # Path.glob is slow here
+    for pid in processes().difference(others):
         try:
             with open(f"/proc/{pid}/environ", "rb") as environ:
                 if wanted in environ.read().split(b"\0"):
@@ -243,6 +252,7 @@ class Daemon:
         self._clients: list[RawClient] = []
         self._changed = threading.Condition()
         self._stopped = False
+        self._older = processes()  # than any of its own
         self.process: subprocess.Popen[bytes] = subprocess.Popen(
             command,
             env={**env, MARKER: self.mark},
@@ -281,7 +291,9 @@ class Daemon:
         """Wait for the first match (of several lines' mode) in the log."""
         expression = re.compile(pattern, re.M)
         with self._changed:
-            self._changed.wait_for(lambda: expression.search(self._log), timeout)
+            self._changed.wait_for(
+                lambda: expression.search(self._log) or self._stderr.closed, timeout
+            )
             found = expression.search(self._log)
         assert found, f"no {pattern!r} within {timeout} s in this log:\n{self._log}"
         return found
@@ -304,6 +316,23 @@ class Daemon:
         client = RawClient(self.address, timeout, source)
         self._clients.append(client)
         return client
+
+    def close_clients(self) -> None:
+        """End the connections that `connect` has made."""
+        while self._clients:
+            self._clients.pop().close()
+
+    def is_idle(self, workers: Sequence[int] = ()) -> bool:
+        """Return whether it lives and has no session, filter or temporary file."""
+        pid = self.process.pid
+        return (
+            children(pid) == list(workers)
+            and not any(map(children, workers))
+            and all(
+                len(os.listdir(f"/proc/{each}/task")) == 1 for each in (pid, *workers)
+            )
+            and not list(self.tempdir.iterdir())
+        )
 
     def stop(self, how: int = signal.SIGTERM, timeout: float = PATIENCE) -> int:
         """Send it a signal and return its exit status."""
@@ -328,8 +357,7 @@ class Daemon:
     def finish(self) -> list[str]:
         """End it if it still runs; returns what is wrong with how it has lived."""
         wrong = []
-        for client in self._clients:
-            client.close()
+        self.close_clients()
         if self.process.poll() is not None and not self._stopped:
             wrong.append(f"it ended by itself with {self.process.returncode}")
         wrong += self._end()
@@ -350,7 +378,7 @@ class Daemon:
             return ["it did not end at SIGTERM"]
 
     def _end_children(self) -> list[str]:
-        left = marked_processes(self.mark)
+        left = marked_processes(self.mark, self._older)
         for pid in left:
             os.kill(pid, signal.SIGKILL)
         return [f"it left the process {pid} ({name})" for pid, name in left.items()]
@@ -410,7 +438,10 @@ class DaemonFactory:
     """Starts daemons and, at the end, says what is wrong with any of them."""
 
     def __init__(
-        self, place: Path, server: ScriptedServer, program: Sequence[str] = ()
+        self,
+        place: Path,
+        server: ScriptedServer | None = None,
+        program: Sequence[str] = (),
     ) -> None:
         self._place, self._server, self._program = place, server, program
         self._daemons: list[Daemon] = []
@@ -447,13 +478,13 @@ class DaemonFactory:
             **options,
         )
         self._daemons.append(daemon)
+        if wait and level >= 4 and not logs_elsewhere:
+            daemon.wait_log("accepting connections$")
         if wait:
             daemon.wait_listening()
-            if level >= 4 and not logs_elsewhere:
-                daemon.wait_log("accepting connections$")
         return daemon
 
-    def _configure(self, config: Path, text: str, server: ScriptedServer) -> str:
+    def _configure(self, config: Path, text: str, server: ScriptedServer | None) -> str:
         """Write a configuration file, with what is not set in `text` added."""
         temporary = config.parent / "temp"
         temporary.mkdir(parents=True)
@@ -462,7 +493,7 @@ class DaemonFactory:
             "Listen": f"127.0.0.1:{port_of(self._holders[-1])}",
             "TempDirectory": temporary,
         }
-        if not has_setting(text, "TransparentProxy"):
+        if server and not has_setting(text, "TransparentProxy"):
             defaults["OutAddress"] = server.address
         return write_config(config, text, **defaults)
 
@@ -473,6 +504,49 @@ class DaemonFactory:
             holder.close()
         for daemon, problems in wrong:
             assert not problems, f"{'; '.join(problems)}; its log:\n{daemon.log()}"
+
+
+class SharedDaemons:
+    """Daemons that serve several tests, one after the other; see `shared_daemon`.
+
+    Tests whose sessions have nothing to do with each other, nor with the start and the
+    end of a daemon, need none of their own: its start takes ten times what most take.
+    """
+
+    def __init__(self, place: Path) -> None:
+        self._holder = reserve_port()  # for the servers of the tests
+        self._factory = DaemonFactory(place)
+        self._daemons: dict[tuple[str, int], tuple[Daemon, list[int]]] = {}
+        self._server: ScriptedServer | None = None
+
+    def __call__(
+        self, settings: Settings, script: Mapping[str, Reply], *, level: int = 4
+    ) -> tuple[Daemon, ScriptedServer]:
+        """Return an idle daemon with an empty log, and a new server that it uses."""
+        self._server = ScriptedServer(script, port=port_of(self._holder))
+        key = settings_text(settings), level
+        if key not in self._daemons:
+            daemon = self._factory(settings, level=level, server=self._server)
+            self._daemons[key] = daemon, children(daemon.process.pid)
+        daemon, _ = self._daemons[key]
+        daemon.forget_log()
+        return daemon, self._server
+
+    def end_test(self) -> None:
+        """End the sessions of a test; an AssertionError if anything is left of them."""
+        if self._server:
+            self._server.close()
+        for key, (daemon, workers) in list(self._daemons.items()):
+            daemon.close_clients()
+            if not poll(lambda: daemon.is_idle(workers)):  # noqa: B023
+                del self._daemons[key]  # its faults are not the next test's
+                raise AssertionError(f"it is not idle; its log:\n{daemon.log()}")
+            assert TRACEBACK not in daemon.log()
+
+    def finish(self) -> None:
+        """End all daemons; an AssertionError if one has lived or ended badly."""
+        self._factory.finish()
+        self._holder.close()
 
 
 # --- Messages ---

@@ -689,18 +689,16 @@ COSTLY = {
 }
 
 
-def seconds(octets: bytes, size: int, field: bytes) -> float:
-    """Measure the processor time for octets in blocks of a size, best of three."""
+def seconds(octets: bytes, size: int, field: bytes) -> Iterator[float]:
+    """Measure the processor time for octets in blocks of a size, three times."""
     blocks = [octets[i : i + size] for i in range(0, len(octets), size)]
-    best = float("inf")
     for _ in range(3):
         reader, writer = MailDataReader(), MailDataWriter(field)
         start = time.thread_time()
         for block in blocks:
             writer.feed(reader.feed(block))
         writer.finish()
-        best = min(best, time.thread_time() - start)
-    return best
+        yield time.thread_time() - start
 
 
 @pytest.mark.parametrize("field", [b"", FIELD], ids=["no field", "field"])
@@ -715,8 +713,9 @@ def test_no_octets_are_costly(size: int, total: int, field: bytes) -> None:
     expression, would be some 200 times.
     """
     text = base64.encodebytes(bytes(range(57))).replace(b"\n", b"\r\n")
-    usual = seconds((text * (total // len(text) + 1))[:total], size, field)
+    usual = min(seconds((text * (total // len(text) + 1))[:total], size, field))
     for name, pattern in COSTLY.items():
         octets = (pattern * (total // len(pattern) + 1))[:total]
-        ratio = seconds(octets, size, field) / usual
-        assert ratio < 120, (name, ratio)
+        # The second and the third time count only where the first is too long.
+        ratios = (each / usual for each in seconds(octets, size, field))
+        assert any(ratio < 120 for ratio in ratios), name
