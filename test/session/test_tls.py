@@ -1160,8 +1160,10 @@ def test_memory_with_a_key_is_not_for_the_filter(
 ) -> None:
     """A filter is the same user, who may read the memory of a daemon without a key.
 
-    The interpreter has to be the system's, as another user may not reach ours.
+    The interpreter has to be the system's, and the program a copy, as another user may
+    not reach ours.
     """
+    program = shutil.copy(PROGRAM, place)
     user = some_user()
     path = place / "key.pem"
     shutil.copy(certificates.path("good"), path)
@@ -1170,7 +1172,7 @@ def test_memory_with_a_key_is_not_for_the_filter(
     for settings in ({}, listen_tls("may", str(path))):
         daemon = for_users(
             {**settings, "TempDirectory": place / "temp"},
-            program=[SYSTEM_PYTHON, "-IS", PROGRAM],
+            program=[SYSTEM_PYTHON, "-IS", program],
             user=user.pw_uid,
             group=user.pw_gid,
             extra_groups=[],

@@ -46,6 +46,8 @@ from tls import Certificates
 DOCUMENTS = ("proxsmtpd.8", "proxsmtpd.conf.5", "README", "proxsmtpd.conf.sample")
 SETTING_NAMES = {setting.name for setting in program.SETTINGS}
 DEFAULTS = {setting.name: setting.default for setting in program.SETTINGS}
+# SpamAssassin's own text for tests.
+GTUBE = b"XJS*C4JDBQADN1.NSBN3*2IDNEN*GTUBE-STANDARD-ANTI-UBE-TEST-EMAIL*C.34X"
 MESSAGE = b"From: a@example.com\r\nSubject: Hello\r\n\r\nSubject: not a header\r\n"
 
 
@@ -374,13 +376,19 @@ def test_rate_limit_of_the_manual_is_taken_by_nft(tmp_path: Path) -> None:
     subprocess.run(["unshare", "--net", "nft", "-f", file], check=True)
 
 
-def test_message_that_the_readme_sends(server: ScriptedServer) -> None:
-    """Pasted with its blanks."""
-    text = readme_part("FIRST FILTER")
-    (command,) = re.findall(r"^ +python3 -c '.*\n.*'$", text, re.M)
-    port = server.address.rpartition(":")[2]
-    subprocess.run(["sh", "-c", command.replace("10025", port)], check=True)
-    assert server.wait_message(1).data.startswith(b"Subject: Hello\r\n\r\nHello")
+@pytest.mark.parametrize(
+    ("title", "port", "body"),
+    [("FIRST FILTER", "10025", b"Hello"), ("WITH POSTFIX", "25", GTUBE)],
+)
+def test_messages_that_the_readme_sends(
+    title: str, port: str, body: bytes, server: ScriptedServer
+) -> None:
+    """Pasted with their blanks."""
+    (command,) = re.findall(r"^ +python3 -c '[^']*'$", readme_part(title), re.M)
+    ours = server.address.rpartition(":")[2]
+    command = command.replace(f", {port})", f", {ours})")
+    subprocess.run(["sh", "-c", command], check=True)
+    assert server.wait_message(1).data == b"Subject: Hello\r\n\r\n" + body + b"\r\n"
 
 
 def test_speed_in_the_readme_is_the_measured_one() -> None:
@@ -487,7 +495,7 @@ def readme_part(title: str) -> str:
 def test_readme_sets_postfix_up_as_the_manual_does() -> None:
     """Before the queue: its filter refuses mail, which must not become bounces."""
     part = readme_part("WITH POSTFIX")
-    setup, undo = re.findall(r"(?:^ {4}.*\n?)+", part, re.M)
+    setup, _, undo = re.findall(r"(?:^ {4}.*\n?)+", part, re.M)
     manual = PostfixExample.of("Postfix, before the queue")
     assert textwrap.dedent(setup).strip() == manual.commands.strip()
     assert textwrap.dedent(undo).strip() == manual.undo.strip()
