@@ -10,6 +10,7 @@ as the case says, and, by $CLIENT, a filter of its own.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import pwd
@@ -17,6 +18,7 @@ import re
 import resource
 import select
 import socket
+import ssl
 import subprocess
 import threading
 import time
@@ -52,6 +54,14 @@ from smtp import (
     ScriptedServer,
     Stall,
     multiline,
+)
+from tls import (
+    Certificates,
+    TlsClient,
+    TlsServer,
+    both_sides,
+    is_encrypted,
+    server_context,
 )
 
 # So many cases at a time; those that wait for time outs do little else.
@@ -189,8 +199,14 @@ class Scenario:
         way: str,
         place: Path,
         settings: Mapping[str, object],
+        certificates: Optional[Certificates] = None,
         **options: Any,
     ) -> None:
+        """`options` are for the daemon; with `certificates`, both sides use TLS."""
+        self.server_tls: Optional[ssl.SSLContext] = None
+        if certificates:
+            self.server_tls = server_context(certificates.path("good"))
+            settings = {**both_sides(certificates), **settings}
         self.way, self.filters = way, place / "filters"
         self.filters.mkdir()
         self._holder = reserve_port()
@@ -360,6 +376,9 @@ class Trial:
         client.quit()
         assert len(server.messages) == self.case.delivered + 1
         assert server.messages[-1].data == data
+        in_tls = self.scenario.server_tls is not None
+        assert is_encrypted(server.messages[-1].connection) == in_tls
+        assert isinstance(client.sock, ssl.SSLSocket) == in_tls
 
     @property
     def is_clients(self) -> bool:
@@ -370,7 +389,8 @@ class Trial:
     def connect(self) -> RawClient:
         """Return a client with the case's address."""
         daemon = self.scenario.daemon.address
-        client = RawClient(daemon, PATIENCE, (self.host, 0))
+        kind = TlsClient if self.scenario.server_tls else RawClient
+        client = kind(daemon, PATIENCE, (self.host, 0))
         self._closing.callback(client.close)
         return client
 
@@ -448,6 +468,8 @@ class Trial:
 
     def leave(self, client: RawClient) -> str:
         """Do what is wrong; returns the replies after that."""
+        if isinstance(client, TlsClient) and self.case.when == "greeting":
+            client.stay_in_clear()
         if self.case.when == "HELP":
             server = self.server
             assert server
@@ -482,7 +504,9 @@ class Trial:
         """Return a server that accepts everything."""
         xclient = (b"XCLIENT ADDR",)
         offers = xclient if self.case.when in ("XCLIENT", "EHLO2") else ()
-        server = ScriptedServer(
+        tls = self.scenario.server_tls
+        make = functools.partial(TlsServer, tls) if tls else ScriptedServer
+        server = make(
             host=self.host, port=self.scenario.port, extensions=(*EXTENSIONS, *offers)
         )
         self._closing.callback(server.close)
@@ -596,11 +620,19 @@ GROUPS = sorted({(case.way, case.impatient) for case in CASES})
 
 
 @pytest.mark.parametrize(("way", "impatient"), GROUPS)
+@pytest.mark.parametrize("tls", [False, True], ids=["clear", "tls"])
 def test_peers_and_filters(
-    way: str, impatient: bool, proxsmtpd: StartDaemon, tmp_path: Path
+    tls: bool,
+    way: str,
+    impatient: bool,
+    proxsmtpd: StartDaemon,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     settings = IMPATIENT[way == "kept"] if impatient else PATIENT
-    with contextlib.closing(Scenario(proxsmtpd, way, tmp_path, settings)) as scenario:
+    certificates = request.getfixturevalue("certificates") if tls else None
+    scenario = Scenario(proxsmtpd, way, tmp_path, settings, certificates)
+    with contextlib.closing(scenario):
         before = scenario.daemon.peak_memory()
         cases = (c for c in CASES if (c.way, c.impatient) == (way, impatient))
         scenario.run_all(cases, MANY if impatient or way == "kept" else FEW)

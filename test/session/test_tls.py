@@ -52,12 +52,14 @@ from tls import (
     HOST,
     READY,
     Certificates,
+    both_sides,
     client_context,
     encrypted,
     encrypted_greeting,
     hello,
     hello_by_tls,
     is_encrypted,
+    listen_tls,
     old_version,
     server_context,
     start_tls,
@@ -508,10 +510,6 @@ def seen_by(act: Callable[[Listening], str], peer: Listening) -> str:
         return reply[1]
 
 
-def listen_tls(mode: str, certificate: str, **settings: object) -> dict[str, object]:
-    return {"ListenTls": mode, "ListenCertificate": certificate, **settings}
-
-
 @pytest.mark.parametrize(("mode", "act", "ending"), CLIENTS)
 def test_clients_side(
     mode: str,
@@ -652,10 +650,6 @@ def test_large_messages_on_both_sides(
     assert client.message(stuffed(data)) == QUEUED
     client.quit()
     assert unstuffed(server.wait_message().data) == data
-
-
-def both_sides(certificates: Certificates) -> dict[str, object]:
-    return {**listen_tls("may", certificates.path("good")), "OutTls": "require"}
 
 
 def test_octet_by_octet(
