@@ -38,6 +38,7 @@ from helpers import (
     PATIENCE,
     StartDaemon,
     as_root,
+    in_clear_and_in_tls,
     open_files,
     poll,
     port_of,
@@ -59,9 +60,7 @@ from tls import (
     Certificates,
     TlsClient,
     TlsServer,
-    both_sides,
     is_encrypted,
-    server_context,
 )
 
 # So many cases at a time; those that wait for time outs do little else.
@@ -199,14 +198,11 @@ class Scenario:
         way: str,
         place: Path,
         settings: Mapping[str, object],
-        certificates: Optional[Certificates] = None,
+        tls: Optional[Certificates] = None,
         **options: Any,
     ) -> None:
-        """`options` are for the daemon; with `certificates`, both sides use TLS."""
-        self.server_tls: Optional[ssl.SSLContext] = None
-        if certificates:
-            self.server_tls = server_context(certificates.path("good"))
-            settings = {**both_sides(certificates), **settings}
+        """`options` are for the daemon; `tls` is the fixture."""
+        self.server_tls = tls and tls.context()
         self.way, self.filters = way, place / "filters"
         self.filters.mkdir()
         self._holder = reserve_port()
@@ -389,8 +385,7 @@ class Trial:
     def connect(self) -> RawClient:
         """Return a client with the case's address."""
         daemon = self.scenario.daemon.address
-        kind = TlsClient if self.scenario.server_tls else RawClient
-        client = kind(daemon, PATIENCE, (self.host, 0))
+        client = self.scenario.daemon.client_type(daemon, PATIENCE, (self.host, 0))
         self._closing.callback(client.close)
         return client
 
@@ -620,18 +615,16 @@ GROUPS = sorted({(case.way, case.impatient) for case in CASES})
 
 
 @pytest.mark.parametrize(("way", "impatient"), GROUPS)
-@pytest.mark.parametrize("tls", [False, True], ids=["clear", "tls"])
+@in_clear_and_in_tls
 def test_peers_and_filters(
-    tls: bool,
     way: str,
     impatient: bool,
     proxsmtpd: StartDaemon,
+    tls: Optional[Certificates],
     tmp_path: Path,
-    request: pytest.FixtureRequest,
 ) -> None:
     settings = IMPATIENT[way == "kept"] if impatient else PATIENT
-    certificates = request.getfixturevalue("certificates") if tls else None
-    scenario = Scenario(proxsmtpd, way, tmp_path, settings, certificates)
+    scenario = Scenario(proxsmtpd, way, tmp_path, settings, tls)
     with contextlib.closing(scenario):
         before = scenario.daemon.peak_memory()
         cases = (c for c in CASES if (c.way, c.impatient) == (way, impatient))

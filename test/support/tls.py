@@ -41,6 +41,10 @@ class Certificates:
         """Return the path of a certificate with its key."""
         return str(self.directory / f"{name}.both")
 
+    def context(self) -> ssl.SSLContext:
+        """Return the context of a server with the good certificate."""
+        return server_context(self.path("good"))
+
     def _openssl(self, words: str, *more: str) -> None:
         subprocess.run(
             ["openssl", *words.split(), *more],
@@ -221,10 +225,17 @@ class TlsClient(RawClient):
         if self._awaits_greeting:
             self._awaits_greeting = False
             if reply.startswith(b"220"):
-                with broken_off():
-                    self.expect(b"STARTTLS", b"220")
-                    start_tls(self, client_context())
+                self._start_tls()
         return reply
+
+    def _start_tls(self) -> None:
+        """Shake hands; a ConnectionError if the connection ends meanwhile."""
+        self.send(b"STARTTLS\r\n")
+        if self.at_end():
+            raise ConnectionAbortedError("end of the connection after STARTTLS")
+        assert self.reply().startswith(b"220")
+        with broken_off():
+            start_tls(self, client_context())
 
     def send(self, data: bytes) -> None:
         """Send these octets."""
