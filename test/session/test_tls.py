@@ -43,8 +43,10 @@ from helpers import (
     long_message,
     octetwise,
     poll,
+    program_under_test,
     requires,
     run,
+    settings_text,
     some_user,
     stuffed,
     unstuffed,
@@ -1223,6 +1225,45 @@ def test_memory_with_a_key_is_not_for_the_filter(
         daemon.process.send_signal(signal.SIGUSR1)
         daemon.wait_log(r"statistics: threads: \d+, descriptors: \d+$")
     assert owners == [user.pw_uid, 0]
+
+
+# A filter that tells whether it may look into its daemon.
+LOOKS = """\
+cat "/proc/$PPID/maps" >/dev/null && seen=yes
+printf 'X-Seen: %s\\r\\n' "${seen-no}"; exec cat
+"""
+# Before a command: root, too, has no more rights then than a user.
+POWERLESS = ["setpriv", "--bounding-set=-all"] if os.geteuid() == 0 else []
+
+
+@requires("util-linux", "/usr/bin/setpriv")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_filter_of_the_same_user_cannot_read_the_key(
+    processes: int,
+    certificates: Certificates,
+    proxsmtpd: StartDaemon,
+    server: ScriptedServer,
+    filter_script: MakeFilter,
+) -> None:
+    """Whether the key was there at the start, or came with SIGHUP."""
+    settings = {"FilterCommand": f". {filter_script(LOOKS)}", "Processes": processes}
+    with_key = listen_tls("may", certificates.path("good"))
+    program = [*POWERLESS, *program_under_test()]
+
+    def is_seen(daemon: Daemon) -> bool:
+        assert deliver(daemon) == QUEUED
+        data = server.messages[-1].data
+        assert data.startswith((b"X-Seen: yes\r\n", b"X-Seen: no\r\n"))
+        return data.startswith(b"X-Seen: yes")
+
+    assert not is_seen(proxsmtpd({**settings, **with_key}, program=program))
+    daemon = proxsmtpd(settings, program=program)
+    assert is_seen(daemon)
+    with daemon.config.open("a") as config:
+        config.write(settings_text(with_key))
+    reload(daemon)
+    daemon.wait_log("configuration reloaded$")
+    assert poll(lambda: not is_seen(daemon))
 
 
 # --- What -t and the start find ---
