@@ -146,7 +146,7 @@ class Daemon:
         """Note how many threads it has without a client."""
         deadline = time.monotonic() + REST
         self._threads_at_rest = self.threads()
-        while self._threads_at_rest > 1 and time.monotonic() < deadline:
+        while time.monotonic() < deadline:
             time.sleep(0.01)
             if len(self.processes()) > 1:  # its workers may only be starting
                 self._threads_at_rest = self.threads()
