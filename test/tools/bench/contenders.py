@@ -108,6 +108,11 @@ def bulk_sink(port: int) -> list[str]:
     return [sys.executable, "-IS", str(HERE / "bulk.py"), "sink", HOST, str(port)]
 
 
+def tls_sink(port: int, certificate: str, key: str) -> list[str]:
+    """The command line of that server with STARTTLS."""
+    return [*bulk_sink(port), certificate, key]
+
+
 class Daemon:
     """A running program that listens on `port`."""
 
