@@ -5,13 +5,14 @@ See README beside this file.
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import pytest
 
@@ -25,7 +26,7 @@ from helpers import (
     StartDaemon,
 )
 from smtp import ScriptedServer
-from tls import Certificates
+from tls import Certificates, TlsClient, TlsServer, both_sides
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -59,12 +60,22 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 
 
 @pytest.fixture
-def make_server() -> Iterator[MakeServer]:
+def tls(request: pytest.FixtureRequest) -> Optional[Certificates]:
+    """Provide certificates if all are to use TLS; see `in_clear_and_in_tls`."""
+    if getattr(request, "param", "clear") == "clear":
+        return None
+    found: Certificates = request.getfixturevalue("certificates")
+    return found
+
+
+@pytest.fixture
+def make_server(tls: Optional[Certificates]) -> Iterator[MakeServer]:
     """Provide a factory of scripted servers that end with the test."""
     servers: list[ScriptedServer] = []
+    kind = functools.partial(TlsServer, tls.context()) if tls else ScriptedServer
 
     def make(*args: Any, **kwargs: Any) -> ScriptedServer:
-        servers.append(ScriptedServer(*args, **kwargs))
+        servers.append(kind(*args, **kwargs))
         return servers[-1]
 
     yield make
@@ -93,7 +104,10 @@ def filter_script(tmp_path: Path) -> MakeFilter:
 
 @pytest.fixture
 def proxsmtpd(
-    request: pytest.FixtureRequest, tmp_path: Path, server: ScriptedServer
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    server: ScriptedServer,
+    tls: Optional[Certificates],
 ) -> Iterator[StartDaemon]:
     """Provide a factory of running daemons; see `DaemonFactory` and `Daemon`.
 
@@ -104,6 +118,8 @@ def proxsmtpd(
     one, is the program's command line; see `on_other_systems`.
     """
     factory = DaemonFactory(tmp_path, server, getattr(request, "param", ()))
+    if tls:
+        factory.defaults, factory.client_type = both_sides(tls), TlsClient
     yield factory
     factory.finish()
 

@@ -10,7 +10,7 @@ import shutil
 import smtplib
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Callable
@@ -262,6 +262,13 @@ def send_to_port(port: int) -> None:
         client.sendmail(SENDER, [RECIPIENT], MESSAGE)
 
 
+TLS_1_1_ONLY = {
+    "smtpd_tls_security_level": "may",
+    "smtpd_tls_protocols": "TLSv1.1",
+    "smtpd_tls_ciphers": "medium",
+    "tls_medium_cipherlist": "ALL:@SECLEVEL=0",
+}
+
 # OutTls, the server's options, and whether mail goes there encrypted; None for a 421.
 POSTFIX_SERVERS: Mapping[str, tuple[str, Mapping[str, str], bool | None]] = {
     "none-may": ("may", {"smtpd_tls_security_level": "none"}, False),
@@ -272,9 +279,14 @@ POSTFIX_SERVERS: Mapping[str, tuple[str, Mapping[str, str], bool | None]] = {
     "encrypt-verify": ("verify", {"smtpd_tls_security_level": "encrypt"}, True),
     "tls-1.2": (
         "verify",
-        {"smtpd_tls_security_level": "encrypt", "smtpd_tls_protocols": "TLSv1.2"},
+        {
+            "smtpd_tls_security_level": "encrypt",
+            "smtpd_tls_mandatory_protocols": "TLSv1.2",
+        },
         True,
     ),
+    "tls-1.1-may": ("may", TLS_1_1_ONLY, False),
+    "tls-1.1-verify": ("verify", TLS_1_1_ONLY, None),
     "wrapper-implicit": ("implicit", {"smtpd_tls_wrappermode": "yes"}, True),
     "wrong-name": (
         "verify",
@@ -319,7 +331,7 @@ def test_postfix_as_server(
 ) -> None:
     require_root()
     name = options.get("smtpd_tls_chain_files", "good")
-    options = {**options, "smtpd_tls_chain_files": chain_of(readable, name)}
+    server = {**options, "smtpd_tls_chain_files": chain_of(readable, name)}
     with reserve_port() as holder:
         port = port_of(holder)
         settings = {"OutAddress": f"127.0.0.1:{port}", "OutTls": mode}
@@ -327,7 +339,7 @@ def test_postfix_as_server(
             settings.update({"OutTlsName": HOST, "OutTlsTrust": f"{readable}/ca.pem"})
         daemon = proxsmtpd({**settings, "XClient": "on"})
         xclient = {"smtpd_authorized_xclient_hosts": "127.0.0.1"}
-        service = smtpd(port, {**options, **xclient})
+        service = smtpd(port, {**server, **xclient})
         with PrivatePostfix([TLS_MANAGER, service]) as postfix:
             if is_encrypted is None:
                 reply = daemon.connect(timeout=PEER_PATIENCE).reply()
@@ -336,33 +348,75 @@ def test_postfix_as_server(
             assert deliver(daemon).startswith(b"250 ")
             (mail,) = postfix.wait_mails(1)
             assert ("ESMTPS" in (mail.header("Received") or "")) == is_encrypted
-            assert ("SERVER encrypted: " in daemon.log()) == is_encrypted
+            has_failed = "alert protocol version; going on without" in daemon.log()
+            assert has_failed == (options is TLS_1_1_ONLY)
+            version = options.get("smtpd_tls_mandatory_protocols", "")
+            assert (f"SERVER encrypted: {version}" in daemon.log()) == is_encrypted
 
 
 # --- Exim ---
 
 
+IN_CLEAR = r" => b@elsewhere\.example .* T=elsewhere (?!.* X=TLS)"
+ENCRYPTED = r" => b@elsewhere\.example .* X=TLS1\.3:\S+ CV=%s "
+VERIFYING = ("tls_verify_hosts = *", "tls_verify_certificates = @AUTHORITY@")
+
+# ListenTls, options of Exim's transport, what Exim logs, and whether mail comes
+# encrypted; None if it must not come.  The default is opportunistic.
+EXIM_CLIENTS: Mapping[str, tuple[str, Sequence[str], str, bool | None]] = {
+    "off": ("off", (), IN_CLEAR, False),
+    "opportunistic": ("may", (), ENCRYPTED % "no", True),
+    "required": ("require", ("hosts_require_tls = *",), ENCRYPTED % "no", True),
+    "required-off": (
+        *("off", ("hosts_require_tls = *",)),
+        *("a TLS session is required, but the server did not offer TLS", None),
+    ),
+    "verified": ("require", VERIFYING, ENCRYPTED % "yes", True),
+    "verified-other-authority": (
+        *("require", (VERIFYING[0], "tls_verify_certificates = @OTHER@")),
+        *("TLS session: .*certificate verification failed", None),
+    ),
+    "on-connect": ("implicit", ("protocol = smtps",), ENCRYPTED % "no", True),
+    "on-connect-verified": (
+        *("implicit", ("protocol = smtps", *VERIFYING), ENCRYPTED % "yes", True),
+    ),
+}
+
+
 @as_root
 @requires(EXIM.package, EXIM.program)
-@pytest.mark.parametrize("mode", ["off", "may", "require", "implicit"])
+@pytest.mark.parametrize(
+    ("mode", "options", "log", "is_encrypted"),
+    EXIM_CLIENTS.values(),
+    ids=EXIM_CLIENTS.keys(),
+)
 def test_exim_as_client(
-    mode: str, readable: Path, proxsmtpd: StartDaemon, server: ScriptedServer
+    mode: str,
+    options: Sequence[str],
+    log: str,
+    is_encrypted: bool | None,
+    readable: Path,
+    proxsmtpd: StartDaemon,
+    server: ScriptedServer,
 ) -> None:
-    """Opportunistic, as it is by default; on connect; and where it has to."""
+    """The certificate has 127.0.0.1, which is the server's name to Exim."""
     daemon = proxsmtpd({"ListenTls": mode, "ListenCertificate": readable / "good.both"})
-    option = {
-        "implicit": "  protocol = smtps\n",
-        "require": "  hosts_require_tls = *\n",
-    }.get(mode, "")
+    lines = "".join(f"  {option}\n" for option in options)
+    lines = lines.replace("@AUTHORITY@", f"{readable}/ca.pem")
+    lines = lines.replace("@OTHER@", f"{readable}/other-ca.pem")
     marker = "  port = ${readfile"
-    configuration = EXIM.configuration.replace(marker, option + marker)
+    configuration = EXIM.configuration.replace(marker, lines + marker)
     with Peer(replace(EXIM, configuration=configuration)) as exim:
         exim.send_to(daemon.port)
         host, _, port = exim.address.rpartition(":")
         with smtplib.SMTP(host, int(port), "client.example") as client:
             client.sendmail(SENDER, ["b@elsewhere.example"], MESSAGE)
-        assert b"Hello" in server.wait_message(timeout=PEER_PATIENCE).data
-    assert ("CLIENT encrypted: " in daemon.log()) == (mode != "off")
+        exim.wait_log(log)
+    if is_encrypted is None:
+        assert server.messages == []
+    else:
+        assert b"Hello" in server.wait_message().data
+    assert ("CLIENT encrypted: " in daemon.log()) == bool(is_encrypted)
 
 
 @as_root

@@ -10,12 +10,14 @@ as the case says, and, by $CLIENT, a filter of its own.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import re
 import resource
 import select
 import socket
+import ssl
 import subprocess
 import threading
 import time
@@ -36,6 +38,7 @@ from helpers import (
     StartDaemon,
     as_root,
     idle_user,
+    in_clear_and_in_tls,
     open_files,
     poll,
     port_of,
@@ -52,6 +55,12 @@ from smtp import (
     ScriptedServer,
     Stall,
     multiline,
+)
+from tls import (
+    Certificates,
+    TlsClient,
+    TlsServer,
+    is_encrypted,
 )
 
 # So many cases at a time; those that wait for time outs do little else.
@@ -189,8 +198,11 @@ class Scenario:
         way: str,
         place: Path,
         settings: Mapping[str, object],
+        tls: Optional[Certificates] = None,
         **options: Any,
     ) -> None:
+        """`options` are for the daemon; `tls` is the fixture."""
+        self.server_tls = tls and tls.context()
         self.way, self.filters = way, place / "filters"
         self.filters.mkdir()
         self._holder = reserve_port()
@@ -360,6 +372,9 @@ class Trial:
         client.quit()
         assert len(server.messages) == self.case.delivered + 1
         assert server.messages[-1].data == data
+        in_tls = self.scenario.server_tls is not None
+        assert is_encrypted(server.messages[-1].connection) == in_tls
+        assert isinstance(client.sock, ssl.SSLSocket) == in_tls
 
     @property
     def is_clients(self) -> bool:
@@ -370,7 +385,7 @@ class Trial:
     def connect(self) -> RawClient:
         """Return a client with the case's address."""
         daemon = self.scenario.daemon.address
-        client = RawClient(daemon, PATIENCE, (self.host, 0))
+        client = self.scenario.daemon.client_type(daemon, PATIENCE, (self.host, 0))
         self._closing.callback(client.close)
         return client
 
@@ -448,6 +463,8 @@ class Trial:
 
     def leave(self, client: RawClient) -> str:
         """Do what is wrong; returns the replies after that."""
+        if isinstance(client, TlsClient) and self.case.when == "greeting":
+            client.stay_in_clear()
         if self.case.when == "HELP":
             server = self.server
             assert server
@@ -482,7 +499,9 @@ class Trial:
         """Return a server that accepts everything."""
         xclient = (b"XCLIENT ADDR",)
         offers = xclient if self.case.when in ("XCLIENT", "EHLO2") else ()
-        server = ScriptedServer(
+        tls = self.scenario.server_tls
+        make = functools.partial(TlsServer, tls) if tls else ScriptedServer
+        server = make(
             host=self.host, port=self.scenario.port, extensions=(*EXTENSIONS, *offers)
         )
         self._closing.callback(server.close)
@@ -596,11 +615,17 @@ GROUPS = sorted({(case.way, case.impatient) for case in CASES})
 
 
 @pytest.mark.parametrize(("way", "impatient"), GROUPS)
+@in_clear_and_in_tls
 def test_peers_and_filters(
-    way: str, impatient: bool, proxsmtpd: StartDaemon, tmp_path: Path
+    way: str,
+    impatient: bool,
+    proxsmtpd: StartDaemon,
+    tls: Optional[Certificates],
+    tmp_path: Path,
 ) -> None:
     settings = IMPATIENT[way == "kept"] if impatient else PATIENT
-    with contextlib.closing(Scenario(proxsmtpd, way, tmp_path, settings)) as scenario:
+    scenario = Scenario(proxsmtpd, way, tmp_path, settings, tls)
+    with contextlib.closing(scenario):
         before = scenario.daemon.peak_memory()
         cases = (c for c in CASES if (c.way, c.impatient) == (way, impatient))
         scenario.run_all(cases, MANY if impatient or way == "kept" else FEW)

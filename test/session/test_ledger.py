@@ -37,6 +37,7 @@ from helpers import (
     Daemon,
     MakeFilter,
     StartDaemon,
+    in_clear_and_in_tls,
     is_listening,
     marked_processes,
     poll,
@@ -45,6 +46,7 @@ from helpers import (
 )
 from ledger import ACCEPTED, Lost, key_and_plan, message_data, say
 from smtp import Action, RawClient, Recorded, Reset, ScriptedServer
+from tls import Certificates, TlsServer
 
 SEED = os.environ.get("LEDGER_SEED", "1")
 MESSAGES = int(os.environ.get("LEDGER_MESSAGES", "320"))
@@ -56,6 +58,7 @@ SIZES = (*(80, 3_000, 60_000) * 6, 1_500_000)
 ERROR = b"451 Local Error"
 SERVER_LOST = b"421 Connection to server lost"
 NO_SERVER = b"421 Server not available"
+NOT_ENCRYPTED = b"421 Connection to server cannot be encrypted"  # it has died meanwhile
 FILTER_AHEAD = b"354 Start mail input; end with <CRLF>.<CRLF>"
 
 
@@ -159,8 +162,8 @@ class Sink:
     as every server must.  `said` is the keys of which it said so.
     """
 
-    def __init__(self, port: int) -> None:
-        self._port = port
+    def __init__(self, port: int, tls: Optional[Certificates]) -> None:
+        self._port, self._tls = port, tls and tls.context()
         self.stored: list[tuple[bytes, bytes]] = []
         self.said: set[bytes] = set()
         self.kills = 0
@@ -171,7 +174,8 @@ class Sink:
 
     def _start(self) -> None:
         script = {"DOT": self._end_of_data}
-        self._server = ScriptedServer(script, port=self._port)
+        kind = functools.partial(TlsServer, self._tls) if self._tls else ScriptedServer
+        self._server = kind(script, port=self._port)
         self.address = self._server.address
 
     def _end_of_data(self, _connection: Recorded, data: bytes) -> Action:
@@ -298,7 +302,7 @@ class Load:
         kills = self._daemons.kills
         assert self._daemons.is_up.wait(PATIENCE)
         try:
-            with RawClient(self._daemons.address) as client:
+            with self._daemons.all[-1].connect() as client:
                 self._converse(client)
         except (ConnectionError, Lost):
             # A daemon that lives leaves no client without an answer.
@@ -320,7 +324,7 @@ class Load:
         for line, code in ((b"", b"220"), (b"EHLO client.example\r\n", b"250")):
             reply = say(client, line)
             if reply[:3] != code:
-                assert reply in (NO_SERVER, SERVER_LOST)
+                assert reply in (NO_SERVER, SERVER_LOST, NOT_ENCRYPTED)
                 return False
         return True
 
@@ -500,15 +504,20 @@ def run(load: Load, events: Sequence[Callable[[], None]]) -> None:
             worker.result()
 
 
+@in_clear_and_in_tls
 def test_ledger(
-    proxsmtpd: StartDaemon, filter_script: MakeFilter, tmp_path: Path, fifos: Path
+    proxsmtpd: StartDaemon,
+    tls: Optional[Certificates],
+    filter_script: MakeFilter,
+    tmp_path: Path,
+    fifos: Path,
 ) -> None:
     print(f"LEDGER_SEED={SEED} LEDGER_MESSAGES={MESSAGES}")
     dropped = tmp_path / "dropped"
     dropped.touch()
     env = {"LEDGER": str(dropped), "FIFOS": str(fifos)}
     with reserve_port() as front, reserve_port() as back:
-        sink = Sink(port_of(back))
+        sink = Sink(port_of(back), tls)
         common = {
             "Listen": f"127.0.0.1:{port_of(front)}",
             "OutAddress": sink.address,

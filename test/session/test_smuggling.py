@@ -14,7 +14,9 @@ import fcntl
 import itertools
 import os
 import re
+import select
 import socketserver
+import ssl
 import termios
 import threading
 import time
@@ -34,6 +36,7 @@ from helpers import (
     MakeFilter,
     MakeServer,
     StartDaemon,
+    in_clear_and_in_tls,
     port_of,
     requires,
     reserve_port,
@@ -42,6 +45,7 @@ from postfix import POSTFIX, PrivatePostfix, smtpd
 from smtp import Action, RawClient, Recorded, Reply, ScriptedServer
 
 CRLF = b"\r\n"
+EHLO = b"EHLO client.example"
 
 
 def listed(wrong: Mapping[str, object]) -> str:
@@ -138,7 +142,7 @@ ALL_MODES = {**MODES, "reject": {"FilterType": "reject"}}
 def authenticated(client: RawClient) -> None:
     """Go from the greeting to a successful AUTH."""
     client.reply()
-    client.expect(b"EHLO client.example", b"250")
+    client.expect(EHLO, b"250")
     client.expect(b"AUTH PLAIN c2VzYW1l", b"235")
 
 
@@ -148,6 +152,7 @@ def credulous(make_server: MakeServer) -> ScriptedServer:
     return make_server(end_of_data=TAKES_ALL)
 
 
+@in_clear_and_in_tls
 @pytest.mark.parametrize("kind", FALSE_ENDS)
 @pytest.mark.parametrize("mode", MODES)
 def test_client_smuggles(
@@ -188,6 +193,7 @@ def printing(piece: bytes) -> str:
     return "printf '" + "".join(f"\\{octet:03o}" for octet in piece) + "'\n"
 
 
+@in_clear_and_in_tls
 @pytest.mark.parametrize("kind", FALSE_ENDS)
 @pytest.mark.parametrize("mode", WRITERS)
 def test_filter_smuggles(
@@ -221,6 +227,7 @@ def test_filter_smuggles(
     assert b"after" not in b"".join(credulous.connections[0].lines)
 
 
+@in_clear_and_in_tls
 def test_false_ends_across_blocks(
     credulous: ScriptedServer, proxsmtpd: StartDaemon, tmp_path: Path
 ) -> None:
@@ -787,6 +794,7 @@ TAILS = {
 }
 
 
+@in_clear_and_in_tls
 def test_tails_of_overlong_lines(
     server: ScriptedServer, proxsmtpd: StartDaemon, tmp_path: Path
 ) -> None:
@@ -842,6 +850,7 @@ ANSWERS = [
 ]
 
 
+@in_clear_and_in_tls
 @pytest.mark.parametrize("filter_type", FILTERS)
 def test_answers_that_spell_verbs(
     filter_type: str, make_server: MakeServer, proxsmtpd: StartDaemon
@@ -853,11 +862,12 @@ def test_answers_that_spell_verbs(
     settings = {"FilterType": filter_type, "FilterCommand": "cat"}
     client = proxsmtpd(settings, server=server).connect()
     client.reply()
+    client.expect(EHLO, b"250")
     client.expect(b"AUTH LOGIN", b"334")
     for answer in ANSWERS[:-1]:
         assert client.command(answer) == b"334 more\r\n"
     assert client.command(ANSWERS[-1]) == b"535 no\r\n"
-    assert server.connections[0].lines == [b"AUTH LOGIN", *ANSWERS]
+    assert server.connections[0].lines == [EHLO, b"AUTH LOGIN", *ANSWERS]
     # None of them has made an envelope, and now they are commands again.
     refusal = b"530" if filter_type == "reject" else b"503"
     client.expect(b"DATA", refusal)
@@ -876,6 +886,7 @@ BAD_ANSWERS = {
 }
 
 
+@in_clear_and_in_tls
 @pytest.mark.parametrize("reply", [b"501 Cancelled\r\n", b"235 Welcome\r\n"])
 def test_refused_answers(
     reply: bytes, make_server: MakeServer, proxsmtpd: StartDaemon
@@ -887,12 +898,13 @@ def test_refused_answers(
     for number, answer in enumerate(BAD_ANSWERS.values()):
         client = daemon.connect()
         client.reply()
+        client.expect(EHLO, b"250")
         client.expect(b"AUTH LOGIN", b"334")
         client.expect(answer, b"500")
         client.envelope()
         assert client.message(b"raw\r\n") == QUEUED
         assert server.wait_message(number + 1).data == b"RAW\r\n", answer
-        assert server.connections[number].lines[:3] == [b"AUTH LOGIN", b"*", MAIL]
+        assert server.connections[number].lines[1:4] == [b"AUTH LOGIN", b"*", MAIL]
         client.quit()
 
 
@@ -938,6 +950,7 @@ MORE = {
 }
 
 
+@in_clear_and_in_tls
 @pytest.mark.parametrize("mode", REFUSED_DATA)
 def test_refused_data_with_more(
     mode: str, server: ScriptedServer, proxsmtpd: StartDaemon
@@ -949,9 +962,9 @@ def test_refused_data_with_more(
     for name, case in REFUSED_DATA[mode].items():
         server.script.update({**usual, **case.script})
         for what, more in MORE.items():
-            with RawClient(daemon.address) as client:
+            with daemon.connect() as client:
                 authenticated(client)
-                known = [b"EHLO client.example", b"AUTH PLAIN c2VzYW1l", *case.lines]
+                known = [EHLO, b"AUTH PLAIN c2VzYW1l", *case.lines]
                 for line in case.lines[:-1]:
                     client.command(line)
                 received = all_replies(client, case.lines[-1] + CRLF + more)
@@ -964,19 +977,34 @@ def test_refused_data_with_more(
 
 
 def all_replies(client: RawClient, octets: bytes) -> bytes:
-    """Send all of this without reading; returns all replies to the end."""
+    """Send all of this without waiting for replies; returns all to the end.
 
-    def send() -> None:
-        with contextlib.suppress(ConnectionError):
-            client.send(octets)
+    No thread sends while another one reads: OpenSSL does not allow that.
+    """
+    client.sock.setblocking(False)
+    rest, received = memoryview(octets), b""
+    would_block = BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError
+    while True:
+        wants = select.select(
+            [client.sock], [client.sock] if rest else [], [], PATIENCE
+        )
+        assert any(wants), f"no end after {received!r}"
+        try:
+            with contextlib.suppress(*would_block):
+                rest = rest[client.sock.send(rest) :] if rest else rest
+        except OSError:
+            rest = rest[:0]  # The daemon reads no more, and has said why.
+        try:
+            with contextlib.suppress(*would_block):
+                block = client.sock.recv(65536)
+                if not block:
+                    return received
+                received += block
+        except ConnectionResetError:
+            return received
 
-    sender = threading.Thread(target=send)
-    sender.start()
-    received = client.rest()
-    sender.join(PATIENCE)
-    return received
 
-
+@in_clear_and_in_tls
 @pytest.mark.parametrize("mode", ["no filter", "Skip"])
 def test_more_comes_while_the_server_thinks(
     mode: str, make_server: MakeServer, proxsmtpd: StartDaemon, tmp_path: Path
@@ -1002,6 +1030,7 @@ def test_more_comes_while_the_server_thinks(
     assert SMUGGLED.splitlines()[0] not in server.connections[0].lines
 
 
+@in_clear_and_in_tls
 @pytest.mark.parametrize("mode", ALL_MODES)
 def test_payload_of_bdat(
     mode: str, server: ScriptedServer, proxsmtpd: StartDaemon
@@ -1030,7 +1059,7 @@ SERVER_SCRIPT: Mapping[str, Reply] = {"AUTH": CHALLENGE, "XCLIENT": b"220 sink\r
 # the verb that the server answers to it.
 DIALOGUE = (
     ("GREETING", b""),
-    ("EHLO", b"EHLO client.example"),
+    ("EHLO", EHLO),
     ("XCLIENT", b""),
     ("AUTH", b"AUTH LOGIN"),
     ("334", b"c2VzYW1l"),
@@ -1075,7 +1104,7 @@ NO_REPLIES = {
 
 def converse(daemon: Daemon) -> dict[str, bytes]:
     """Return the replies in the dialogue, by the verbs that they answer."""
-    with RawClient(daemon.address, timeout=20) as client:
+    with daemon.connect(timeout=20) as client:
         replies = {"GREETING": next_reply(client)}
         for verb, line in SPOKEN:
             received = say(client, line)
@@ -1123,6 +1152,7 @@ def faulty(
     return Faulty(daemon, server, dict(server.script))
 
 
+@in_clear_and_in_tls
 def test_dialogue_without_a_fault(faulty: Faulty) -> None:
     """The dialogue of the tests below does reach its end."""
     codes = [int(reply[:3]) for reply in faulty.dialogue("NONE", b"").values()]
@@ -1151,6 +1181,7 @@ def test_bad_replies(faulty: Faulty) -> None:
     assert not wrong, listed(wrong)
 
 
+@in_clear_and_in_tls
 def test_two_replies(faulty: Faulty) -> None:
     """The second one is the reply to nothing; the server gets no other command."""
     wrong = {}
@@ -1210,6 +1241,7 @@ ASKED = {
 }
 
 
+@in_clear_and_in_tls
 @pytest.mark.parametrize("name", ASKED)
 def test_354_to_our_own_command(
     name: str, make_server: MakeServer, proxsmtpd: StartDaemon
@@ -1219,7 +1251,7 @@ def test_354_to_our_own_command(
     server = make_server(case.script)
     client = proxsmtpd(case.settings, server=server).connect()
     client.reply()
-    say(client, *case.lines)
+    say(client, EHLO, *case.lines)
     say_rest(client, b"raw message\r\n.\r\n")
     (connection,) = server.connections
     server.wait_for(lambda: connection.closed)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import resource
 import select
 import shutil
 import signal
@@ -28,6 +29,7 @@ from helpers import (
     GREETING,
     MEGABYTE,
     MESSAGE,
+    PEER_PATIENCE,
     PROGRAM,
     QUEUED,
     STALE_ENVIRONMENT,
@@ -42,8 +44,10 @@ from helpers import (
     long_message,
     octetwise,
     poll,
+    program_under_test,
     requires,
     run,
+    settings_text,
     some_user,
     stuffed,
     unstuffed,
@@ -53,12 +57,14 @@ from tls import (
     HOST,
     READY,
     Certificates,
+    both_sides,
     client_context,
     encrypted,
     encrypted_greeting,
     hello,
     hello_by_tls,
     is_encrypted,
+    listen_tls,
     old_version,
     server_context,
     start_tls,
@@ -508,10 +514,6 @@ def seen_by(act: Callable[[Listening], str], peer: Listening) -> str:
         return reply[1]
 
 
-def listen_tls(mode: str, certificate: str, **settings: object) -> dict[str, object]:
-    return {"ListenTls": mode, "ListenCertificate": certificate, **settings}
-
-
 @pytest.mark.parametrize(("mode", "act", "ending"), CLIENTS)
 def test_clients_side(
     mode: str,
@@ -657,10 +659,6 @@ def test_large_messages_on_both_sides(
     assert client.message(stuffed(data)) == QUEUED
     client.quit()
     assert unstuffed(server.wait_message().data) == data
-
-
-def both_sides(certificates: Certificates) -> dict[str, object]:
-    return {**listen_tls("may", certificates.path("good")), "OutTls": "require"}
 
 
 def test_octet_by_octet(
@@ -952,6 +950,59 @@ def test_trickled_empty_records_do_not_hold_a_slot(
     assert client.reply() == b"421 Bye\r\n"
 
 
+# --- Many at once ---
+
+IDLE = 500
+# Measured: 71 to 101 by Python's version.
+MOST_OF_EACH = 200 * 1024  # octets
+
+
+@pytest.fixture
+def many_descriptors() -> Iterator[None]:
+    """Allow this process, and the daemon, as many as the system does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def memory_of(daemon: Daemon) -> int:
+    status = Path(f"/proc/{daemon.process.pid}/status").read_text()
+    return int(re.findall(r"^VmRSS:\s*(\d+) kB$", status, re.M)[0]) * 1024
+
+
+@pytest.mark.usefixtures("many_descriptors")
+@pytest.mark.parametrize("tls", ["tls"], indirect=True)
+def test_idle_connections(proxsmtpd: StartDaemon, server: ScriptedServer) -> None:
+    """With TLS on both sides all are served, and take little memory."""
+    daemon = proxsmtpd({"MaxConnections": IDLE + 1, "TimeOut": 120}, level=3)
+
+    def more(count: int) -> list[RawClient]:
+        clients = [daemon.connect(timeout=PEER_PATIENCE) for _ in range(count)]
+        for client in clients:
+            assert client.reply() == GREETING
+            client.expect(EHLO, b"250")
+        return clients
+
+    idle = more(20)
+    before = memory_of(daemon)
+    idle += more(IDLE - 20)
+    each = (memory_of(daemon) - before) / (IDLE - 20)
+    print(f"{each / 1024:.1f} KiB each")
+    assert each < MOST_OF_EACH
+    assert deliver(daemon) == QUEUED
+    for client in idle:
+        client.send(b"NOOP\r\n")
+    assert {client.reply() for client in idle} == {b"250 2.0.0 Ok\r\n"}
+    assert len(server.connections) == IDLE + 1
+    assert all(is_encrypted(connection) for connection in server.connections)
+    daemon.process.send_signal(signal.SIGUSR1)
+    daemon.wait_log(f"statistics: connections: {IDLE} now, .* {IDLE + 1} encrypted$")
+    for client in idle:
+        client.quit()
+    assert poll(lambda: not has_session(daemon))
+
+
 # --- What the filter, the header and the statistics show ---
 
 SYSTEM_PYTHON = "/usr/bin/python3"
@@ -1181,6 +1232,45 @@ def test_memory_with_a_key_is_not_for_the_filter(
         daemon.process.send_signal(signal.SIGUSR1)
         daemon.wait_log(r"statistics: threads: \d+, descriptors: \d+$")
     assert owners == [user.pw_uid, 0]
+
+
+# A filter that tells whether it may look into its daemon.
+LOOKS = """\
+cat "/proc/$PPID/maps" >/dev/null && seen=yes
+printf 'X-Seen: %s\\r\\n' "${seen-no}"; exec cat
+"""
+# Before a command: root, too, has no more rights then than a user.
+POWERLESS = ["setpriv", "--bounding-set=-all"] if os.geteuid() == 0 else []
+
+
+@requires("util-linux", "/usr/bin/setpriv")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_filter_of_the_same_user_cannot_read_the_key(
+    processes: int,
+    certificates: Certificates,
+    proxsmtpd: StartDaemon,
+    server: ScriptedServer,
+    filter_script: MakeFilter,
+) -> None:
+    """Whether the key was there at the start, or came with SIGHUP."""
+    settings = {"FilterCommand": f". {filter_script(LOOKS)}", "Processes": processes}
+    with_key = listen_tls("may", certificates.path("good"))
+    program = [*POWERLESS, *program_under_test()]
+
+    def is_seen(daemon: Daemon) -> bool:
+        assert deliver(daemon) == QUEUED
+        data = server.messages[-1].data
+        assert data.startswith((b"X-Seen: yes\r\n", b"X-Seen: no\r\n"))
+        return data.startswith(b"X-Seen: yes")
+
+    assert not is_seen(proxsmtpd({**settings, **with_key}, program=program))
+    daemon = proxsmtpd(settings, program=program)
+    assert is_seen(daemon)
+    with daemon.config.open("a") as config:
+        config.write(settings_text(with_key))
+    reload(daemon)
+    daemon.wait_log("configuration reloaded$")
+    assert poll(lambda: not is_seen(daemon))
 
 
 # --- What -t and the start find ---

@@ -119,6 +119,12 @@ on_other_systems_too = pytest.mark.parametrize(
 )
 
 
+# A mark for tests that run once more with TLS on both sides.  The program needs it, and
+# the servers of `make_server` and what `Daemon.connect` returns use it, by themselves;
+# what they record and do comes after STARTTLS.
+in_clear_and_in_tls = pytest.mark.parametrize("tls", ["clear", "tls"], indirect=True)
+
+
 def reserve_port(host: str = "127.0.0.1") -> socket.socket:
     """Return a socket that keeps a port for a daemon that is about to listen there.
 
@@ -236,6 +242,8 @@ def is_taken(family: socket.AddressFamily, host: str, port: int) -> bool:
 class Daemon:
     """A running proxsmtpd in the foreground, with its log on standard error."""
 
+    client_type = RawClient
+
     def __init__(
         self,
         command: Sequence[str],
@@ -313,7 +321,7 @@ class Daemon:
 
     def connect(self, timeout: float = PATIENCE, source: Any = None) -> RawClient:
         """Return a new client's connection to it, closed at the end of the test."""
-        client = RawClient(self.address, timeout, source)
+        client = self.client_type(self.address, timeout, source)
         self._clients.append(client)
         return client
 
@@ -444,6 +452,8 @@ class DaemonFactory:
         program: Sequence[str] = (),
     ) -> None:
         self._place, self._server, self._program = place, server, program
+        self.defaults: Mapping[str, object] = {}
+        self.client_type = RawClient
         self._daemons: list[Daemon] = []
         self._holders: list[socket.socket] = []
 
@@ -477,6 +487,7 @@ class DaemonFactory:
             {**os.environ, **(env or {})},
             **options,
         )
+        daemon.client_type = self.client_type
         self._daemons.append(daemon)
         if wait and level >= 4 and not logs_elsewhere:
             daemon.wait_log("accepting connections$")
@@ -490,6 +501,7 @@ class DaemonFactory:
         temporary.mkdir(parents=True)
         self._holders.append(reserve_port())
         defaults: dict[str, object] = {
+            **self.defaults,
             "Listen": f"127.0.0.1:{port_of(self._holders[-1])}",
             "TempDirectory": temporary,
         }

@@ -264,6 +264,11 @@ class Peer:
         files = sorted((self._place / "log").iterdir())
         return "".join(file.read_text("utf-8", "replace") for file in files)
 
+    def wait_log(self, pattern: str) -> None:
+        """Return once a line of its logs matches; PeerError if none does."""
+        if not poll(lambda: re.search(pattern, self.log(), re.M), PEER_PATIENCE):
+            raise self._error(f"no {pattern!r} in its log")
+
     def send_to(self, port: int) -> None:
         """Have it send mail for elsewhere.example to this port, from now on."""
         (self._place / "elsewhere").write_text(str(port))

@@ -112,7 +112,7 @@ def reset(sock: socket.socket) -> None:
 def hang_up(sock: socket.socket) -> None:
     """End a connection with a FIN, waking a thread that still reads from it."""
     with contextlib.suppress(OSError):  # The peer may have been faster.
-        sock.shutdown(socket.SHUT_RDWR)
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)  # leaves an SSLSocket usable
     sock.close()
 
 
@@ -312,8 +312,8 @@ class _Dialogue:
             end = "fin"
         except ConnectionError:
             end = "rst"
-        except OSError:
-            pass  # The test has closed this socket itself.
+        except (OSError, ValueError):
+            pass  # The test has closed this socket itself; ValueError: in TLS.
         finally:
             self._connection.sock.close()
             self._server._note(lambda: self._ended(end))
@@ -601,8 +601,8 @@ class RawClient:
         raise AssertionError(f"no end after {bytes(self._buffer)!r}")
 
     def half_close(self) -> None:
-        """Send a FIN, but go on reading."""
-        self.sock.shutdown(socket.SHUT_WR)
+        """Send a FIN, but go on reading, in TLS as well."""
+        socket.socket.shutdown(self.sock, socket.SHUT_WR)
 
     def quit(self) -> bytes:
         """QUIT, and the end of the connection; returns QUIT's reply."""

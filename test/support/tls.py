@@ -6,14 +6,15 @@ and signed by the authority in `ca.pem`, if their name does not say otherwise.
 
 from __future__ import annotations
 
+import contextlib
 import ssl
 import subprocess
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Callable
+from typing import Any
 
-from smtp import RawClient, Recorded, Reply, ScriptedServer, multiline
+from smtp import Action, RawClient, Recorded, Reply, ScriptedServer, multiline
 
 HOST = "server.example"
 NAMES = ("good", "renewed", "wrong-name", "expired", "expiring", "self-signed")
@@ -39,6 +40,10 @@ class Certificates:
     def path(self, name: str) -> str:
         """Return the path of a certificate with its key."""
         return str(self.directory / f"{name}.both")
+
+    def context(self) -> ssl.SSLContext:
+        """Return the context of a server with the good certificate."""
+        return server_context(self.path("good"))
 
     def _openssl(self, words: str, *more: str) -> None:
         subprocess.run(
@@ -104,6 +109,16 @@ def client_context(authority: str = "") -> ssl.SSLContext:
     return context
 
 
+def listen_tls(mode: str, certificate: str, **settings: object) -> dict[str, object]:
+    """Return settings for the clients' side."""
+    return {"ListenTls": mode, "ListenCertificate": certificate, **settings}
+
+
+def both_sides(certificates: Certificates) -> dict[str, object]:
+    """Return settings with which a client may use TLS, and the server has to."""
+    return {**listen_tls("may", certificates.path("good")), "OutTls": "require"}
+
+
 # --- The scripted server ---
 
 
@@ -129,7 +144,15 @@ def encrypted_greeting(context: ssl.SSLContext, greeting: bytes = GREETING) -> R
 
 def encrypt(connection: Recorded, context: ssl.SSLContext) -> None:
     """Go on in TLS as the server."""
-    connection.sock = context.wrap_socket(connection.sock, server_side=True)
+    wrap(connection, context).do_handshake()
+
+
+def wrap(connection: Recorded, context: ssl.SSLContext) -> ssl.SSLSocket:
+    """Put TLS into a connection, before the handshake: others may end it there."""
+    connection.sock = sock = context.wrap_socket(
+        connection.sock, server_side=True, do_handshake_on_connect=False
+    )
+    return sock
 
 
 def is_encrypted(connection: Recorded) -> bool:
@@ -151,7 +174,28 @@ def hello_by_tls(in_clear: Sequence[bytes], in_tls: Sequence[bytes]) -> Reply:
     return answer
 
 
-MakeTlsServer = Callable[..., ScriptedServer]
+class TlsServer(ScriptedServer):
+    """A scripted server that is used after STARTTLS; the script is for what follows.
+
+    In clear it answers EHLO and STARTTLS by itself, and `lines` forgets them.
+    """
+
+    def __init__(self, context: ssl.SSLContext, *args: Any, **kwargs: Any) -> None:
+        self._context = context
+        super().__init__(*args, **kwargs)
+
+    def _act(self, verb: str, connection: Recorded, line: bytes) -> Action | None:
+        if is_encrypted(connection) or verb not in ("EHLO", "STARTTLS"):
+            return super()._act(verb, connection, line)
+        if verb == "EHLO":
+            return hello(b"STARTTLS")
+        connection.sock.sendall(READY)
+        connection.lines.clear()
+        sock = wrap(connection, self._context)
+        if self._stopped.is_set():
+            raise OSError("closed while this was another socket")
+        sock.do_handshake()
+        return None
 
 
 # --- The client ---
@@ -164,6 +208,48 @@ def start_tls(
     sock = context.wrap_socket(client.sock, server_hostname=name)
     client.sock = sock
     return sock
+
+
+class TlsClient(RawClient):
+    """A client that sends STARTTLS as soon as it is greeted; else as in clear."""
+
+    _awaits_greeting = True
+
+    def stay_in_clear(self) -> None:
+        """Read the greeting and leave it at that."""
+        self._awaits_greeting = False
+
+    def reply(self) -> bytes:
+        """Return one whole reply; after the greeting, TLS has been started."""
+        reply = super().reply()
+        if self._awaits_greeting:
+            self._awaits_greeting = False
+            if reply.startswith(b"220"):
+                self._start_tls()
+        return reply
+
+    def _start_tls(self) -> None:
+        """Shake hands; a ConnectionError if the connection ends meanwhile."""
+        self.send(b"STARTTLS\r\n")
+        if self.at_end():
+            raise ConnectionAbortedError("end of the connection after STARTTLS")
+        assert self.reply().startswith(b"220")
+        with broken_off():
+            start_tls(self, client_context())
+
+    def send(self, data: bytes) -> None:
+        """Send these octets."""
+        with broken_off():
+            super().send(data)
+
+
+@contextlib.contextmanager
+def broken_off() -> Iterator[None]:
+    """Turn the end of a connection, as ssl reports it, into a ConnectionError."""
+    try:
+        yield
+    except (ssl.SSLEOFError, ssl.SSLZeroReturnError) as error:
+        raise ConnectionAbortedError(str(error)) from error
 
 
 def encrypted(client: RawClient, helo: bytes = b"EHLO client.example") -> bytes:

@@ -46,6 +46,21 @@ def test_a_case_is_measured_with_whoever_is_installed(tmp_path: Path) -> None:
     assert "ours, 1 session" not in report, "messages of ours have failed"
 
 
+@requires("postfix", "/usr/sbin/smtp-source")
+@requires("openssl", "/usr/bin/openssl")
+def test_encryption_is_measured(tmp_path: Path) -> None:
+    output = tmp_path / "RESULTS"
+    done = run_bench(output, "--only", "tls")
+    assert done.returncode == 0, done.stderr
+    report = output.read_text()
+    for side in ("neither", "client", "server", "both"):
+        times = rf"({NUMBER} ms +){{4}}"
+        # Only root may look at the memory of a process with a key.
+        idle = rf"({NUMBER} KiB|-)"
+        assert re.search(rf"^{side} +{times}{idle}$", report, re.M), report
+    assert re.search(rf" shake hands: {NUMBER} a second, {NUMBER} ms", report), report
+
+
 def test_an_unknown_case_is_refused(tmp_path: Path) -> None:
     done = run_bench(tmp_path / "RESULTS", "--only", "nonesuch")
     assert done.returncode == 2

@@ -7,8 +7,8 @@ ratios, not numbers of different runs.  The result is a text, test/tools/bench/R
 
 cases.py says what is measured and what is to be reached, contenders.py how the
 programs are started, load.py how messages are sent, measure.py how a case is measured,
-probes.py what else is, and report.py writes it down.  bulk.py is the load where
-Postfix's is itself too slow.
+probes.py what else is, encryption.py what TLS costs, and report.py writes it down.
+bulk.py is the load where Postfix's is itself too slow, or has no TLS.
 """
 
 from __future__ import annotations
@@ -35,12 +35,13 @@ from contenders import (
     raise_descriptor_limit,
     smtp_sink,
 )
+from encryption import encryption, make_certificate
 from interrupts import INTERRUPTS
 from measure import measure
 from picture import draw
 from report import Report, render
 
-PROBES = ("start", "idle", "slow")
+PROBES = ("start", "idle", "slow", "tls")
 T = TypeVar("T")
 
 
@@ -119,6 +120,10 @@ def run_probes(report: Report, site: Site, names: Sequence[str]) -> None:
             tell(f"slow filters, {each.key}")
             rounds = min(report.pace.rounds, 3)
             report.slow[each.key] = probes.slow_filter(site, each.start, rounds)
+    for key, start in probes.starters(report.contenders):
+        if "tls" in names and key == "ours" and make_certificate(site.directory):
+            tell("encryption")
+            report.encryption = encryption(site, start, report.pace)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -108,6 +108,11 @@ def bulk_sink(port: int) -> list[str]:
     return [sys.executable, "-IS", str(HERE / "bulk.py"), "sink", HOST, str(port)]
 
 
+def tls_sink(port: int, certificate: str, key: str) -> list[str]:
+    """The command line of that server with STARTTLS."""
+    return [*bulk_sink(port), certificate, key]
+
+
 class Daemon:
     """A running program that listens on `port`."""
 
@@ -146,7 +151,7 @@ class Daemon:
         """Note how many threads it has without a client."""
         deadline = time.monotonic() + REST
         self._threads_at_rest = self.threads()
-        while self._threads_at_rest > 1 and time.monotonic() < deadline:
+        while time.monotonic() < deadline:
             time.sleep(0.01)
             if len(self.processes()) > 1:  # its workers may only be starting
                 self._threads_at_rest = self.threads()
