@@ -416,7 +416,8 @@ def test_exim_as_client(
         assert server.messages == []
     else:
         assert b"Hello" in server.wait_message().data
-    assert ("CLIENT encrypted: " in daemon.log()) == bool(is_encrypted)
+        # With TLS 1.3 a handshake is complete for us before Exim has verified.
+        assert ("CLIENT encrypted: " in daemon.log()) == is_encrypted
 
 
 @as_root

@@ -142,13 +142,13 @@ def stops_reading(
     ended.poll(PATIENCE * 1000)
 
 
-@pytest.mark.parametrize("tls", [False, True], ids=["clear", "tls"])
+@pytest.mark.parametrize("is_encrypted", [False, True], ids=["clear", "tls"])
 @pytest.mark.parametrize("command", ["cat", ""], ids=["filtered", "streamed"])
 @pytest.mark.parametrize("shut_down", [False, True], ids=["stays", "shuts-down"])
 def test_server_that_stops_reading_says_why(
     shut_down: bool,
     command: str,
-    tls: bool,
+    is_encrypted: bool,
     certificates: Certificates,
     make_server: MakeServer,
     proxsmtpd: StartDaemon,
@@ -160,7 +160,7 @@ def test_server_that_stops_reading_says_why(
         )
     }
     settings: dict[str, object] = {"FilterCommand": command}
-    if tls:
+    if is_encrypted:
         context = server_context(certificates.path("good"))
         script["EHLO"] = hello_by_tls([b"STARTTLS"], [])
         script["STARTTLS"] = starttls(context)
