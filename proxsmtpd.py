@@ -20,9 +20,8 @@ Processes.  `Daemon` starts: it binds, writes the pid file, drops privileges.  T
 serves alone, or a `Supervisor` forks workers that share its listening socket, each for
 one processor.  The main thread of each process handles signals and, except in the
 supervisor, accepts connections; a session's thread owns its two sockets, its spools and
-its filter.  The sessions of a
-process have `Shared` in common, with `Shutdown`, which ends them and their filters; all
-processes have `ConnectionLimit` in common.
+its filter.  The sessions of a process have `Shared` in common, with `Shutdown`, which
+ends them and their filters; all processes have `ConnectionLimit` in common.
 
 TLS.  Where a side is encrypted, its channel has a `TlsSocket` in place of its socket;
 besides `Channel`, only `has_gone`, `linger` and `Listener._refuse` depend on TLS.
