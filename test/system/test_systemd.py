@@ -51,7 +51,8 @@ WorkingDirectory={ROOT}
 StandardOutput=append:{SHARED}/output
 StandardError=inherit
 """
-# User, directory, configuration, server, and what the tests do.
+# User, directory, configuration, server, and what the tests do.  A session that a stop
+# meets before DATA is told 421: no failure of `connect`.
 PREPARE = """
 make install PYTHON=/usr/bin/python3 >/dev/null
 id -u _proxsmtp >/dev/null ||
@@ -69,6 +70,13 @@ send() {
     /usr/bin/python3 -c 'import smtplib, sys
 smtplib.SMTP("127.0.0.1", 10025).sendmail("a@example.com", ["b@example.net"],
     "Subject: Hello\\n\\n" + "Hello\\n" * int(sys.argv[1]))' "$1"
+}
+connect() {
+    /usr/bin/python3 -c 'import smtplib
+try:
+    smtplib.SMTP("127.0.0.1", 10025)
+except smtplib.SMTPResponseException as error:
+    assert error.smtp_code == 421, error'
 }
 report() { echo "$1: $?"; }
 """
@@ -170,7 +178,7 @@ cp {SHARED}/unit /etc/systemd/system/proxsmtpd.socket
 systemctl enable --now proxsmtpd.socket; report socket
 systemctl start proxsmtpd; report start
 done=$(mktemp -u)
-(while test ! -e "$done"; do send 1 || report refused; done) &
+(while test ! -e "$done"; do connect || report refused; done) &
 systemctl restart proxsmtpd; report restart
 send 1; report message
 systemctl restart proxsmtpd; report restart
