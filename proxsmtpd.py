@@ -54,7 +54,6 @@ import functools
 import gc
 import getopt
 import io
-import itertools
 import marshal
 import math
 import mmap
@@ -64,7 +63,6 @@ import queue
 import re
 import resource
 import select
-import shutil
 import signal
 import socket
 import socketserver
@@ -3477,21 +3475,25 @@ def remove(path: bytes) -> None:
     except (IsADirectoryError, PermissionError):  # Linux says the one, others the other
         if not stat.S_ISDIR(os.lstat(path).st_mode):
             raise
-    for place in itertools.chain([path], directories_in(path)):
-        # One that is another user's may be empty.
-        with contextlib.suppress(PermissionError):
-            os.chmod(place, stat.S_IRWXU)
-    shutil.rmtree(path, ignore_errors=True)  # all that can go
-    if os.path.lexists(path):
-        shutil.rmtree(path)  # raises why the rest has to stay
-
-
-def directories_in(path: bytes) -> Iterator[bytes]:
-    """Yield all directories below one, each before those in it."""
-    for place, names, _ in os.walk(path):
-        for name in names:
-            if not os.path.islink(os.path.join(place, name)):
-                yield os.path.join(place, name)
+    failures: list[OSError] = []
+    directories, others = [path], list[bytes]()
+    for directory in directories:  # each adds those in it
+        try:
+            with contextlib.suppress(PermissionError):  # another user's may be empty
+                os.chmod(directory, stat.S_IRWXU)
+            for entry in os.scandir(directory):
+                is_directory = entry.is_dir(follow_symlinks=False)
+                (directories if is_directory else others).append(entry.path)
+        except OSError as error:  # all that can go shall go
+            failures.append(error)
+    for call, places in (os.unlink, others), (os.rmdir, reversed(directories)):
+        for place in places:
+            try:
+                call(place)
+            except OSError as error:
+                failures.append(error)
+    if failures:
+        raise failures[0]
 
 
 # ---------------------------------------------------------------------------
@@ -4831,11 +4833,11 @@ class Transaction:
             raise Hangup("client went before its message was accepted", CLIENT_GONE)
         if server.has_spoken():
             server.relay_unsolicited()
+        begun = time.monotonic()  # a thread may have to wait for its turn after `send`
         server.send(pending + writer.finish())
         self._log.debug("sent email data")
-        sent = time.monotonic()
         reply = self._server_reply = server.read_reply()
-        self._server_seconds = time.monotonic() - sent
+        self._server_seconds = time.monotonic() - begun
         if not reply.is_success and not reply.is_refusal:
             raise server.confused(reply)
         return reply

@@ -214,6 +214,9 @@ LEFT = {
         'mkdir -p "$EMAIL/a/b/c"; ln {outside}/secret "$EMAIL/a/b/hard"; '
         'mkfifo "$EMAIL/a/fifo"; chmod 0 "$EMAIL/a"'
     ),
+    "directory deeper than a stack": (
+        "levels=$(head -c 1500 /dev/zero | sed 's|.|d/|g'); mkdir -p \"$EMAIL/$levels\""
+    ),
     "directory through a link": 'mkdir "$EMAIL.d"; mv "$EMAIL.d" "$EMAIL"',
 }
 

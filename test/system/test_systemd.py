@@ -36,7 +36,7 @@ mkdir -p ".$ROOT"
 mount --bind "$ROOT" ".$ROOT"
 mount --bind "$PLACE/shared" .$SHARED
 rm -rf etc/systemd/system/*.wants etc/systemd/system/proxsmtpd*
-rm -rf usr/local/lib/systemd/system/proxsmtpd*
+rm -rf usr/local/lib/systemd/system/proxsmtpd* usr/lib/tmpfiles.d/*
 cp "$PLACE/shared/try.service" etc/systemd/system
 export container=lxc
 exec chroot . $SYSTEMD --unit=try.service --show-status=0 --log-target=null

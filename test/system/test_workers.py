@@ -143,7 +143,7 @@ def test_each_on_a_processor_of_its_own(
     for pid in workers(daemon, 2):
         client = client_of(daemon, pid)
         tasks = list(Path(f"/proc/{pid}/task").iterdir())
-        assert len(tasks) == 2
+        assert len(tasks) >= 2  # one for each session that was not long ago
         [place] = {frozenset(os.sched_getaffinity(int(task.name))) for task in tasks}
         places.append(place)
         allowed = status_of(os.getpid(), "Cpus_allowed_list")
