@@ -20,7 +20,7 @@ MANDIR = $(PREFIX)/share/man
 UNITDIR = $(PREFIX)/lib/systemd/system
 DESTDIR =
 PYTEST_ARGS =
-JOBS = --numprocesses 8
+JOBS = --numprocesses 8 --dist loadgroup
 BENCH_ARGS =
 MINUTES = 3
 # This is there while systemd runs the machine.

@@ -37,6 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "requires_program(name, path): needs another package's program"
     )
+    config.addinivalue_line("markers", "xdist_group(name): runs in one process")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -56,7 +57,10 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
     """Provide certificates and their keys; see support/tls.py."""
     if shutil.which("openssl") is None:
         pytest.skip("openssl is not installed")
-    return Certificates(tmp_path_factory.mktemp("certificates"))
+    directory = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # its processes have theirs in one
+        directory = directory.parent
+    return Certificates(directory / "certificates")
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from helpers import (
     MakeFilter,
     StartDaemon,
     marked_processes,
+    one_process,
     poll,
     port_of,
     requires,
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
 
     from smtp import ScriptedServer
 
-pytestmark = requires("postfix", POSTFIX)
+pytestmark = [requires("postfix", POSTFIX), one_process("postfix")]
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from helpers import (
     Daemon,
     MakeFilter,
     StartDaemon,
+    one_process,
     poll,
     port_of,
     requires,
@@ -47,7 +48,7 @@ from smtp import RawClient
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-pytestmark = requires("postfix", POSTFIX)
+pytestmark = [requires("postfix", POSTFIX), one_process("postfix_proxy")]
 
 ENTRANCES: Mapping[str, Mapping[str, str]] = {
     "streamed": {},

@@ -15,14 +15,22 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
-from helpers import MESSAGE, Daemon, StartDaemon, port_of, requires, reserve_port
+from helpers import (
+    MESSAGE,
+    Daemon,
+    StartDaemon,
+    one_process,
+    port_of,
+    requires,
+    reserve_port,
+)
 from postfix import POSTFIX, RECIPIENT, SENDER, PrivatePostfix, require_root, smtpd
 from smtp import RawClient
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-pytestmark = requires("postfix", POSTFIX)
+pytestmark = [requires("postfix", POSTFIX), one_process("postfix_xclient")]
 
 TRUST = {
     "smtpd_authorized_xclient_hosts": "127.0.0.0/8",

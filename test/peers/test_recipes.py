@@ -25,6 +25,7 @@ from helpers import (
     MakeFilter,
     StartDaemon,
     is_listening,
+    one_process,
     poll,
     port_of,
     requires,
@@ -57,6 +58,9 @@ Shall we meet at noon?\r
 """
 GTUBE = b"XJS*C4JDBQADN1.NSBN3*2IDNEN*GTUBE-STANDARD-ANTI-UBE-TEST-EMAIL*C.34X"
 SPAM = MESSAGE.replace(b"Shall we meet at noon?", GTUBE)
+
+
+pytestmark = one_process("recipes")
 
 
 @pytest.fixture(scope="module")

@@ -37,11 +37,13 @@ from helpers import (
     PATIENCE,
     StartDaemon,
     as_root,
+    children,
     idle_user,
     in_clear_and_in_tls,
     open_files,
     poll,
     port_of,
+    processes,
     reserve_port,
 )
 from smtp import (
@@ -221,6 +223,7 @@ class Scenario:
         self.pid = self.daemon.process.pid
         self._hosts = (f"{NETWORK}.{n // 250}.{n % 250 + 1}" for n in itertools.count())
         self._before = footprint(self.pid)
+        self._others = processes()  # none of these is a filter
 
     def close(self) -> None:
         """Give the port back."""
@@ -289,7 +292,8 @@ class Scenario:
         """Return the names of the processes of this address' filters that live."""
         wanted = {f"{MARKER}={self.daemon.mark}".encode(), f"CLIENT={host}".encode()}
         found = []
-        for process in Path("/proc").glob("[0-9]*"):
+        for pid in processes().difference(self._others):
+            process = Path("/proc", pid)
             with contextlib.suppress(OSError):  # It has ended meanwhile.
                 if wanted <= set((process / "environ").read_bytes().split(b"\0")):
                     found.append((process / "comm").read_text().strip())
@@ -311,17 +315,8 @@ def footprint(pid: int) -> dict[str, list[str]]:
         "descriptors": sorted(
             name for name in open_files(pid).values() if not name.startswith("/proc/")
         ),
-        "children": [child for child in os.listdir("/proc") if parent(child) == pid],
+        "children": list(map(str, children(pid))),
     }
-
-
-def parent(process: str) -> int:
-    """Return the parent of a process; 0 if this is none."""
-    try:
-        text = Path("/proc", process, "stat").read_text()
-    except OSError:
-        return 0
-    return int(text.rpartition(")")[2].split()[1])
 
 
 class Trial:

@@ -37,6 +37,7 @@ from helpers import (
     MakeServer,
     StartDaemon,
     in_clear_and_in_tls,
+    one_process,
     port_of,
     requires,
     reserve_port,
@@ -271,6 +272,7 @@ C_PROGRAM = "/usr/sbin/proxsmtpd"
 needs_postfix = [
     requires("postfix", POSTFIX),
     pytest.mark.skipif(os.geteuid() != 0, reason="only root can start a Postfix"),
+    one_process("lenient"),
 ]
 ALL_ENDS = {**FALSE_ENDS["dots"], **FALSE_ENDS["NULs"]}
 # What Postfix takes for the end unless smtpd_forbid_bare_newline tells it not to.

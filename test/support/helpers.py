@@ -84,6 +84,14 @@ def program_under_test() -> list[str]:
     return shlex.split(given) if given else [sys.executable, "-IS", compiled_program()]
 
 
+def one_process(name: str) -> pytest.MarkDecorator:
+    """Mark tests that share what takes long to start, or disturb each other.
+
+    With pytest-xdist, one process runs all of that name.
+    """
+    return pytest.mark.xdist_group(name)
+
+
 def requires(name: str, path: str) -> pytest.MarkDecorator:
     """Mark a test that needs a program of another package.
 
@@ -152,10 +160,12 @@ def free_port(host: str = "127.0.0.1") -> int:
 def poll(condition: Callable[[], object], timeout: float = PATIENCE) -> bool:
     """Return whether a condition comes true in time; for states that send no event."""
     deadline = time.monotonic() + timeout
+    pause = 0.005
     while not condition():
         if time.monotonic() > deadline:
             return False
-        time.sleep(0.005)
+        time.sleep(pause)
+        pause = min(pause * 1.2, 0.05)
     return True
 
 
@@ -199,12 +209,19 @@ def open_files(pid: int) -> dict[Path, str]:
     return found
 
 
+def sockets(pid: int) -> set[str]:
+    """Return the names of a process's sockets."""
+    return {name for name in open_files(pid).values() if name.startswith("socket:")}
+
+
 def children(pid: int) -> list[int]:
-    """The processes that a process has started, in the order of their start."""
+    """Return the processes that a process has started, zombies too."""
+    found: list[int] = []
     with contextlib.suppress(FileNotFoundError):
-        text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-        return [int(word) for word in text.split()]
-    return []
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{thread}/children") as file:
+                found += map(int, file.read().split())
+    return sorted(found)
 
 
 def is_listening(address: str) -> bool:
@@ -330,17 +347,15 @@ class Daemon:
         while self._clients:
             self._clients.pop().close()
 
-    def is_idle(self, workers: Sequence[int] = ()) -> bool:
-        """Return whether it lives and has no session, filter or temporary file."""
-        pid = self.process.pid
-        return (
-            children(pid) == list(workers)
-            and not any(map(children, workers))
-            and all(
-                len(os.listdir(f"/proc/{each}/task")) == 1 for each in (pid, *workers)
-            )
-            and not list(self.tempdir.iterdir())
-        )
+    def resources(self) -> tuple[object, ...]:
+        """Return its processes, their sockets, and its temporary files.
+
+        They are the same whenever it is idle.  Threads do not count, since one waits
+        for the next session when its own has ended.
+        """
+        pids = [self.process.pid, *children(self.process.pid)]
+        of_each = [(pid, children(pid), sockets(pid)) for pid in pids]
+        return of_each, list(self.tempdir.iterdir())
 
     def stop(self, how: int = signal.SIGTERM, timeout: float = PATIENCE) -> int:
         """Send it a signal and return its exit status."""
@@ -528,7 +543,7 @@ class SharedDaemons:
     def __init__(self, place: Path) -> None:
         self._holder = reserve_port()  # for the servers of the tests
         self._factory = DaemonFactory(place)
-        self._daemons: dict[tuple[str, int], tuple[Daemon, list[int]]] = {}
+        self._daemons: dict[tuple[str, int], tuple[Daemon, object]] = {}
         self._server: ScriptedServer | None = None
 
     def __call__(
@@ -539,7 +554,7 @@ class SharedDaemons:
         key = settings_text(settings), level
         if key not in self._daemons:
             daemon = self._factory(settings, level=level, server=self._server)
-            self._daemons[key] = daemon, children(daemon.process.pid)
+            self._daemons[key] = daemon, daemon.resources()
         daemon, _ = self._daemons[key]
         daemon.forget_log()
         return daemon, self._server
@@ -548,9 +563,9 @@ class SharedDaemons:
         """End the sessions of a test; an AssertionError if anything is left of them."""
         if self._server:
             self._server.close()
-        for key, (daemon, workers) in list(self._daemons.items()):
+        for key, (daemon, idle) in list(self._daemons.items()):
             daemon.close_clients()
-            if not poll(lambda: daemon.is_idle(workers)):  # noqa: B023
+            if not poll(lambda: daemon.resources() == idle):  # noqa: B023
                 del self._daemons[key]  # its faults are not the next test's
                 raise AssertionError(f"it is not idle; its log:\n{daemon.log()}")
             assert TRACEBACK not in daemon.log()

@@ -7,6 +7,7 @@ and signed by the authority in `ca.pem`, if their name does not say otherwise.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import ssl
 import subprocess
 import warnings
@@ -26,12 +27,25 @@ _DAYS = {"expired": -1, "expiring": 5}
 
 
 class Certificates:
-    """Certificates in a directory: NAME.pem, NAME.key and, in one file, NAME.both."""
+    """Certificates in a directory: NAME.pem, NAME.key and, in one file, NAME.both.
+
+    The first process that needs them makes them for all that name this directory.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.ca = self._make_authority("ca")
-        self.other_ca = self._make_authority("other-ca")
+        self.ca, self.other_ca = (
+            str(directory / f"{name}.pem") for name in ("ca", "other-ca")
+        )
+        with open(f"{directory}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not directory.exists():
+                self._make_all()
+
+    def _make_all(self) -> None:
+        self.directory.mkdir()
+        for name in ("ca", "other-ca"):
+            self._make_authority(name)
         for name in NAMES:
             self._make(name)
         self._make("other", authority="other-ca")
@@ -54,10 +68,9 @@ class Certificates:
             timeout=60,
         )
 
-    def _make_authority(self, name: str) -> str:
+    def _make_authority(self, name: str) -> None:
         words = f"req -x509 {_NEW_KEY} -keyout {name}.key -out {name}.pem -days 30"
         self._openssl(words, "-subj", f"/CN={name} of the tests")
-        return str(self.directory / f"{name}.pem")
 
     def _make(self, name: str, authority: str = "ca") -> None:
         host = "wrong.example" if name == "wrong-name" else f"{HOST},IP:127.0.0.1"
@@ -220,22 +233,33 @@ class TlsClient(RawClient):
         self._awaits_greeting = False
 
     def reply(self) -> bytes:
-        """Return one whole reply; after the greeting, TLS has been started."""
+        """Return one whole reply.
+
+        After the greeting TLS has been started.  If that is refused with 421, as when
+        the server has gone meanwhile, this stands for the greeting.
+        """
         reply = super().reply()
         if self._awaits_greeting:
             self._awaits_greeting = False
             if reply.startswith(b"220"):
-                self._start_tls()
+                return self._start_tls() or reply
         return reply
 
-    def _start_tls(self) -> None:
-        """Shake hands; a ConnectionError if the connection ends meanwhile."""
+    def _start_tls(self) -> bytes:
+        """Shake hands; a ConnectionError if the connection ends meanwhile.
+
+        Returns the refusal, if there is one.
+        """
         self.send(b"STARTTLS\r\n")
         if self.at_end():
             raise ConnectionAbortedError("end of the connection after STARTTLS")
-        assert self.reply().startswith(b"220")
+        reply = super().reply()
+        if reply.startswith(b"421"):
+            return reply
+        assert reply.startswith(b"220"), reply
         with broken_off():
             start_tls(self, client_context())
+        return b""
 
     def send(self, data: bytes) -> None:
         """Send these octets."""

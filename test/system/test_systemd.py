@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import ROOT, as_root, requires
+from helpers import ROOT, as_root, one_process, requires
 from manual import section, unescaped
 
 PATIENCE = 60  # seconds, for all that a machine does
@@ -143,6 +143,7 @@ def run(script: str, place: Path, **files: str) -> list[str]:
 
 pytestmark = [
     as_root,
+    one_process("systemd"),  # each starts at the root of the control groups
     requires("systemd", SYSTEMD),
     requires("postfix", "/usr/sbin/smtp-sink"),
     requires("python3", "/usr/bin/python3"),

@@ -156,12 +156,9 @@ class Usage(NamedTuple):
 def count_children(pid: int) -> int:
     """How many children a process has, dead ones included."""
     count = 0
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        # It may have ended meanwhile.
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            # The name, in parentheses, may hold anything.
-            state_and_parent = path.read_bytes().rpartition(b")")[2].split()
-            count += int(state_and_parent[1]) == pid
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError):  # the thread has ended
+            count += len(path.read_text().split())
     return count
 
 
