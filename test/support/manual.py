@@ -43,6 +43,20 @@ def section(name: str, title: str) -> str:
     return found[1]
 
 
+def displays(name: str, title: str) -> list[str]:
+    """Return the literal displays of a section of a manual."""
+    found = re.findall(
+        r"^\.Bd -literal.*?\n(.*?)^\.Ed", section(name, title), re.M | re.S
+    )
+    return [unescaped(text) for text in found]
+
+
+def display(name: str, title: str, words: str) -> str:
+    """Return the one display of a section of a manual that has these words."""
+    (text,) = (text for text in displays(name, title) if words in text)
+    return text
+
+
 def items(source: str, macro: str) -> list[str]:
     """Return the first arguments of a list's items that begin with a macro."""
     found = re.findall(rf'^\.It {macro} (?:"(.+?)"|(\S+))', source, re.M)

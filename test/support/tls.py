@@ -1,7 +1,8 @@
 """TLS for the tests: certificates that openssl makes, and scripted peers that use them.
 
 The names of the certificates are NAMES; all are for server.example and 127.0.0.1,
-and signed by the authority in `ca.pem`, if their name does not say otherwise.
+and signed by the authority in `ca.pem`, if their name does not say otherwise.  The
+other authority has signed `other` and `private-provider`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,20 @@ from typing import Any
 from smtp import Action, RawClient, Recorded, Reply, ScriptedServer, multiline
 
 HOST = "server.example"
-NAMES = ("good", "renewed", "wrong-name", "expired", "expiring", "self-signed")
+NAMES = (
+    "good",
+    "renewed",
+    "wrong-name",
+    "expired",
+    "expiring",
+    "self-signed",
+    "provider",
+)
+_HOSTS = {
+    "wrong-name": "wrong.example",
+    "provider": "smtp.example.com",
+    "private-provider": "smtp.example.com",
+}
 READY = b"220 2.0.0 Ready to start TLS\r\n"
 GREETING = b"220 sink.example ESMTP\r\n"
 
@@ -48,7 +62,8 @@ class Certificates:
             self._make_authority(name)
         for name in NAMES:
             self._make(name)
-        self._make("other", authority="other-ca")
+        for name in ("other", "private-provider"):
+            self._make(name, authority="other-ca")
         self._openssl("ec -aes128 -passout pass:secret -in good.key -out locked.key")
 
     def path(self, name: str) -> str:
@@ -73,7 +88,7 @@ class Certificates:
         self._openssl(words, "-subj", f"/CN={name} of the tests")
 
     def _make(self, name: str, authority: str = "ca") -> None:
-        host = "wrong.example" if name == "wrong-name" else f"{HOST},IP:127.0.0.1"
+        host = _HOSTS.get(name, f"{HOST},IP:127.0.0.1")
         names = f"subjectAltName=DNS:{host}"
         subject = ("-subj", f"/CN={name}")
         days = _DAYS.get(name, 30)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from helpers import ROOT, as_root, one_process, requires
-from manual import section, unescaped
+from manual import display
 
 PATIENCE = 60  # seconds, for all that a machine does
 SYSTEMD = "/lib/systemd/systemd"
@@ -99,14 +99,6 @@ GOOD = [
 ]
 
 
-def unit(words: str) -> str:
-    """Return the one unit of the manual that has these words."""
-    displays = section("proxsmtpd.8", "systemd").split(".Bd -literal -offset indent\n")
-    texts = [unescaped(display.partition(".Ed\n")[0]) for display in displays[1:]]
-    (text,) = (text for text in texts if words in text)
-    return text
-
-
 def run(script: str, place: Path, **files: str) -> list[str]:
     """Run a script on a machine and return the lines of its output."""
     shared = place / "shared"
@@ -167,7 +159,11 @@ def test_unit_that_starts_as_root(tmp_path: Path) -> None:
 cp {SHARED}/unit /etc/systemd/system/proxsmtpd.service
 systemctl enable --now proxsmtpd; report start
 """
-    lines = run(f"{start}\n{USE}", tmp_path, unit=unit("Type=forking"))
+    lines = run(
+        f"{start}\n{USE}",
+        tmp_path,
+        unit=display("proxsmtpd.8", "systemd", "Type=forking"),
+    )
     assert results(lines) == GOOD
 
 
@@ -186,6 +182,6 @@ systemctl restart proxsmtpd; report restart
 touch "$done"
 wait $!
 """
-    lines = run(script, tmp_path, unit=unit("[Socket]"))
+    lines = run(script, tmp_path, unit=display("proxsmtpd.8", "systemd", "[Socket]"))
     expected = ("socket", "start", "restart", "message", "restart")
     assert results(lines) == [f"{what}: 0" for what in expected]

@@ -40,7 +40,7 @@ from helpers import (
     reserve_port,
     with_mounts,
 )
-from manual import section, unescaped
+from manual import display, displays, section, unescaped
 from namespaces import (
     FAMILIES,
     IPV4,
@@ -84,14 +84,6 @@ of_each_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
 # --- What the manual has ---
 
 
-def blocks(title: str) -> list[str]:
-    """Return the literal displays of a section of the manual."""
-    found = re.findall(
-        r"^\.Bd -literal.*?\n(.*?)^\.Ed", section("proxsmtpd.8", title), re.M | re.S
-    )
-    return [unescaped(block) for block in found]
-
-
 def lines(title: str) -> list[str]:
     """Return the displays of one line in a section of the manual."""
     source = section("proxsmtpd.8", title)
@@ -100,13 +92,17 @@ def lines(title: str) -> list[str]:
 
 def rules(kind: str) -> str:
     """Return the rule set that hands the clients' connections over."""
-    (found,) = (b for b in blocks(TITLES[kind]) if "chain prerouting" in b)
+    (found,) = (
+        b for b in displays("proxsmtpd.8", TITLES[kind]) if "chain prerouting" in b
+    )
     return found
 
 
 def routes(kind: str) -> str:
     """Return the commands for policy routing; none for `client`."""
-    return "".join(b for b in blocks(TITLES[kind]) if b.startswith("ip "))
+    return "".join(
+        b for b in displays("proxsmtpd.8", TITLES[kind]) if b.startswith("ip ")
+    )
 
 
 # --- What the machine has ---
@@ -174,7 +170,7 @@ def machines() -> Iterator[Network]:
         pytest.skip(f"no three machines can be made: {complaints()['client']}")
     with network() as made:
         strict = "sysctl -w net.ipv4.conf.all.rp_filter=1"
-        made.router.run("".join(blocks("TRANSPARENT PROXY")) + strict)
+        made.router.run("".join(displays("proxsmtpd.8", "TRANSPARENT PROXY")) + strict)
         yield made
 
 
@@ -352,8 +348,10 @@ def test_both_ways_are_encrypted_where_the_peers_can(
         server.script["EHLO"] = hello_by_tls([b"STARTTLS"], [])
         server.script["STARTTLS"] = starttls(context)
     router.divert(kind)
-    tls = {"ListenTls": "may", "ListenCertificate": certificates.path("good")}
-    router.start({"TransparentProxy": kind, "OutTls": "may", **tls})
+    text = display("proxsmtpd.8", "Encrypted connections", "TransparentProxy: client")
+    text = text.replace("client", kind)
+    text += f"ListenTls: may\nListenCertificate: {certificates.path('good')}\n"
+    router.start(dict(line.split(": ") for line in text.splitlines()))
     client = router.client(IPV4.server)
     if can_encrypt:
         encrypted(client)
@@ -460,7 +458,9 @@ def test_full_leaves_alone_what_it_is_not_for(family: Family, router: Router) ->
 def test_programs_of_the_router(family: Family, router: Router) -> None:
     """The rules for output divert them, but not the proxy's own connections."""
     requires_kind("client")
-    (found,) = (b for b in blocks(TITLES["client"]) if "chain output" in b)
+    (found,) = (
+        b for b in displays("proxsmtpd.8", TITLES["client"]) if "chain output" in b
+    )
     router.machines.router.load(found.replace("_proxsmtp", "nobody"))
     daemon = router.start({"TransparentProxy": "client"})
     server = router.server(family.server)
@@ -540,7 +540,9 @@ def as_nobody(*options: str) -> list[str]:
 
 def as_the_unit_has_it() -> list[str]:
     """Return the setpriv command that does what systemd does by the manual's unit."""
-    (unit,) = (b for b in blocks(TITLES["full"]) if b.startswith("[Service]"))
+    (unit,) = (
+        b for b in displays("proxsmtpd.8", TITLES["full"]) if b.startswith("[Service]")
+    )
     found = dict(line.split("=", 1) for line in unit.splitlines()[1:])
     names = {
         name: "-all,+" + found[name].lower().replace("cap_", "")
@@ -648,7 +650,7 @@ def test_commands_that_show_it(kind: str, router: Router) -> None:
     client = router.client(IPV4.server)
     assert client.reply() == GREETING
     (command,) = (ln for ln in lines("Seeing that it works") if ln.startswith("ss "))
-    shown = dict(zip(KINDS, blocks("Seeing that it works")))
+    shown = dict(zip(KINDS, displays("proxsmtpd.8", "Seeing that it works")))
     listed = connections(router.machines.router.run(command))
     assert listed == connections(shown[kind])
     assert len(listed) == 2
