@@ -1481,6 +1481,7 @@ class ProxyHeader(NamedTuple):
     client: Optional[Peer] = None  # None: the one that has connected to us
     local: Optional[Peer] = None
     tls: str = ""  # protocol and cipher of the client's connection to the sender
+    is_check: bool = False  # the sender's own connection, which is no client's
 
     @classmethod
     def parse(cls, octets: bytes) -> Optional[ProxyHeader]:
@@ -1555,8 +1556,10 @@ def _parse_proxy_2(octets: bytes) -> Optional[ProxyHeader]:
         return None
     family, size = _PROXY_2_FAMILIES.get(family_and_protocol, (None, 0))
     start, rest = _PROXY_2_FIXED.size, length - _PROXY_2_FIXED.size
-    if family is None or command == _PROXY_2_LOCAL:
-        return ProxyHeader(length)  # LOCAL, or addresses of another kind
+    if command == _PROXY_2_LOCAL:
+        return ProxyHeader(length, is_check=True)
+    if family is None:
+        return ProxyHeader(length)
     if rest < 2 * size + 4:
         raise BadProxyHeader("no room for its addresses")
     hosts = octets[start : start + size], octets[start + size : start + 2 * size]
@@ -4997,9 +5000,10 @@ class Session:
     def run(self) -> None:
         """Relay until one side, or the shutdown, ends the session."""
         try:
-            if self.config.proxy_protocol:
-                self._read_proxy_header()
-            self.log.info(f"accepted connection from: {self.client_peer.host}")
+            level = INFO
+            if self.config.proxy_protocol and self._read_proxy_header().is_check:
+                level = DEBUG  # each line would be like the others
+            self.log.write(level, f"accepted connection from: {self.client_peer.host}")
             if self._tls is TlsState.HANDSHAKE:
                 self._encrypt_client()
                 self._tls = TlsState.ENCRYPTED
@@ -5030,7 +5034,7 @@ class Session:
 
     # The start
 
-    def _read_proxy_header(self) -> None:
+    def _read_proxy_header(self) -> ProxyHeader:
         """Learn who the client is from the header before its first octet."""
         deadline = Deadline(self.config.timeout)
         draining = self.shared.shutdown.draining.fileno()
@@ -5057,6 +5061,7 @@ class Session:
             self.log.debug(f"PROXY header from: {source}")
             self.client_peer, self._local_peer = header.client, header.local
             self._outer_tls = header.tls
+        return header
 
     def _open_server(self) -> Reply:
         """Connect to the server, encrypted as OutTls wants it; return its greeting.
