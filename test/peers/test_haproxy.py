@@ -50,6 +50,7 @@ from helpers import (
     MakeServer,
     StartDaemon,
     is_listening,
+    octetwise,
     poll,
     port_of,
     requires,
@@ -794,31 +795,20 @@ def check_closed(
         assert other.message(MESSAGE).startswith(b"250")
 
 
-@of_each(GOOD)
+@pytest.mark.parametrize(
+    ("name", "is_split"),
+    [*((name, False) for name in GOOD), *((name, True) for name in SOME)],
+)
 def test_good_header(
-    name: str, make_server: MakeServer, proxsmtpd: StartDaemon
+    name: str, is_split: bool, make_server: MakeServer, proxsmtpd: StartDaemon
 ) -> None:
     """The header's addresses count, else the connection's; SMTP begins after it."""
     header, ends = GOOD[name]
     server = make_server(extensions=[PROXY_XCLIENT])
     daemon = start_proxied(proxsmtpd, OutAddress=server.address)
     client = connect(daemon)
-    client.send(header)
-    assert client.message(MESSAGE).startswith(b"250")
-    check_ends(daemon, server, ends or ends_of(client))
-
-
-@of_each(SOME)
-def test_header_in_pieces(
-    name: str, make_server: MakeServer, proxsmtpd: StartDaemon
-) -> None:
-    """Each octet may come on its own."""
-    header, ends = GOOD[name]
-    server = make_server(extensions=[PROXY_XCLIENT])
-    daemon = start_proxied(proxsmtpd, OutAddress=server.address)
-    client = connect(daemon)
-    for octet in header:
-        client.send(bytes([octet]))
+    for piece in octetwise(header) if is_split else [header]:
+        client.send(piece)
     assert client.message(MESSAGE).startswith(b"250")
     check_ends(daemon, server, ends or ends_of(client))
 

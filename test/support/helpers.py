@@ -31,6 +31,7 @@ from typing import Any, Callable, Union
 
 import pytest
 
+from proxsmtpd import CommandBuffer, Refusal
 from smtp import RawClient, Recorded, Reply, ScriptedServer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -598,6 +599,23 @@ def unstuffed(data: bytes) -> bytes:
 def octetwise(octets: bytes) -> list[bytes]:
     """Return the octets one by one."""
     return [octets[i : i + 1] for i in range(len(octets))]
+
+
+def outcomes(buffer: CommandBuffer, pieces: Sequence[bytes]) -> list[object]:
+    """Return the lines as the pieces go in, and the replies that refused some."""
+    found: list[object] = []
+    for piece in pieces:
+        buffer.feed(piece)
+        while True:
+            try:
+                line = buffer.next_line()
+            except Refusal as error:
+                found.append(error.reply)
+                continue
+            if line is None:
+                break
+            found.append(line)
+    return found
 
 
 def send(address: str, data: bytes = MESSAGE) -> bytes:

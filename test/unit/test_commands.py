@@ -10,17 +10,15 @@ import contextlib
 import socket
 import time
 import tracemalloc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import pytest
 
 import proxsmtpd as program
-from helpers import MakeServer, StartDaemon, octetwise
+from helpers import MakeServer, StartDaemon, octetwise, outcomes
 from proxsmtpd import Command, CommandBuffer, Peer, Refusal, Reply
 
 LIMIT = 12_288  # of AUTH's line with its CRLF (RFC 4954 section 4)
-
-Outcome = object  # A line, or the reply that refused one.
 
 
 def refusal(line: bytes) -> Reply | None:
@@ -207,25 +205,8 @@ BARE_LF = Reply(b"500 Lines must end in CRLF\r\n")
 LONGEST = b"AUTH PLAIN ".ljust(LIMIT - 2, b"=")
 
 
-def outcomes(buffer: CommandBuffer, pieces: Sequence[bytes]) -> list[Outcome]:
-    """Return the lines and refusals of a buffer as the pieces go in."""
-    found: list[Outcome] = []
-    for piece in pieces:
-        buffer.feed(piece)
-        while True:
-            try:
-                line = buffer.next_line()
-            except Refusal as error:
-                found.append(error.reply)
-                continue
-            if line is None:
-                break
-            found.append(line)
-    return found
-
-
 # Octets of the client, and what comes out.
-STREAMS: dict[str, tuple[bytes, list[Outcome]]] = {
+STREAMS: dict[str, tuple[bytes, list[object]]] = {
     "line": (b"NOOP\r\n", [b"NOOP"]),
     "lines": (b"RSET\r\nNOOP\r\n", [b"RSET", b"NOOP"]),
     "empty line": (b"\r\n", [b""]),
@@ -255,7 +236,7 @@ STREAMS: dict[str, tuple[bytes, list[Outcome]]] = {
 
 
 @pytest.mark.parametrize(("octets", "expected"), STREAMS.values(), ids=STREAMS.keys())
-def test_lines(octets: bytes, expected: list[Outcome]) -> None:
+def test_lines(octets: bytes, expected: list[object]) -> None:
     assert outcomes(CommandBuffer(), [octets]) == expected
     assert outcomes(CommandBuffer(), octetwise(octets)) == expected
     assert outcomes(CommandBuffer(), [octets + b"QUIT\r\n"]) == [*expected, b"QUIT"]

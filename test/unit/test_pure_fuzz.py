@@ -16,6 +16,7 @@ from unittest import mock
 import pytest
 
 import proxsmtpd as program
+from helpers import outcomes
 from proxsmtpd import (
     BadReply,
     Command,
@@ -280,23 +281,6 @@ def test_relayed_lines_are_the_clients(
 # --- The buffers ---------------------------------------------------------------
 
 
-def lines_of(buffer: CommandBuffer, pieces: Sequence[bytes]) -> list[object]:
-    """Return the lines, and the replies that refused some."""
-    found: list[object] = []
-    for piece in pieces:
-        buffer.feed(piece)
-        while True:
-            try:
-                line = buffer.next_line()
-            except Refusal as error:
-                found.append(error.reply)
-                continue
-            if line is None:
-                break
-            found.append(line)
-    return found
-
-
 def without_cuts_at_bare_lf(pieces: Sequence[bytes]) -> list[bytes]:
     """Return the pieces so that none ends in a bare LF, for which nobody waits."""
     joined = [b""]
@@ -318,14 +302,14 @@ def test_command_buffer(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
         expected = [line if len(line) + 2 <= limit else too_long for line in lines]
         buffer = CommandBuffer()
         pieces = without_cuts_at_bare_lf(pieces_of(rng, stream))
-        assert lines_of(buffer, pieces) == expected
+        assert outcomes(buffer, pieces) == expected
         assert begun.endswith(buffer.take_all())
 
 
 def test_command_buffer_cut_anywhere() -> None:
     """A line may be refused for a bare LF, but each that is given is one line."""
     for rng, octets in mixtures("cut commands", COMMANDS, LINES):
-        for line in lines_of(CommandBuffer(), pieces_of(rng, octets)):
+        for line in outcomes(CommandBuffer(), pieces_of(rng, octets)):
             assert isinstance(line, bytes)
             if isinstance(line, Reply):
                 assert line == b"500 Lines must end in CRLF\r\n"
