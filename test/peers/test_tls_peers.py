@@ -30,7 +30,7 @@ from helpers import (
     requires,
     reserve_port,
 )
-from manual import section
+from manual import display
 from mtas import EXIM, Peer
 from postfix import (
     POSTFIX,
@@ -440,14 +440,6 @@ def test_exim_as_server(mode: str, readable: Path, proxsmtpd: StartDaemon) -> No
 # --- HAProxy ---
 
 
-def lines_of_the_manual() -> list[str]:
-    """Return the two lines of HAProxy's section that the manual has for TLS."""
-    text = section("proxsmtpd.8", "Encrypted connections")
-    found = re.findall(r"^ +(?:bind|default-server) .*\n", text, re.M)
-    assert len(found) == 2
-    return found
-
-
 @requires("haproxy", HAPROXY)
 def test_haproxy_that_ends_tls(
     certificates: Certificates,
@@ -460,12 +452,14 @@ def test_haproxy_that_ends_tls(
     daemon = proxsmtpd({"ProxyProtocol": "on", "FilterCommand": tell})
     with reserve_port() as holder:
         address = f"127.0.0.1:{port_of(holder)}"
-        bind, default = lines_of_the_manual()
+        bind = display("proxsmtpd.8", "Encrypted connections", "bind :465")
         bind = bind.replace(":465", address).replace(
             "/etc/haproxy/mail.example.pem", certificates.path("good")
         )
         listen = re.sub(r" +bind .*\n", bind, LISTEN)
-        listen = re.sub(r" +default-server .*\n", default, listen)
+        listen = re.sub(
+            r"default-server .*", r"\g<0> send-proxy-v2-ssl", listen, count=1
+        )
         listen += f"    server a 127.0.0.1:{daemon.port}\n"
         with HAProxy(tmp_path, listen, address):
             done = subprocess.run(
