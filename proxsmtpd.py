@@ -23,15 +23,15 @@ supervisor, accepts connections; a session's thread owns its two sockets, its sp
 its filter.  The sessions of a process have `Shared` in common, with `Shutdown`, which
 ends them and their filters; all processes have `ConnectionLimit` in common.
 
-TLS.  Where a side is encrypted, its channel has a `TlsSocket` in place of its socket;
-besides `Channel`, only `has_gone`, `linger` and `Listener._refuse` depend on TLS.
-`TlsState` says which commands have to wait for TLS.  Each function that needs the
+TLS.  Where a side is encrypted, its channel has a `TlsSocket` in place of its socket,
+which may have nothing to give although the socket could be read.  `TlsState` says which
+commands have to wait for TLS.  Each function that needs the
 module ssl imports it, so that a daemon without TLS never loads it.
 
 Where to begin reading: `VERBS` and `Session` are the dialogue, `Transaction` is the
 message, `FilterRun` the filter, `SETTINGS` the configuration, `Daemon` the process.
-The sections before "The log" do no input and output.  Octets on the wire are bytes;
-configuration and log are str.
+The sections before "The log" are octets in, and octets or decisions out.  Octets on the
+wire are bytes; configuration and log are str.
 
 To add a setting: a row in `SETTINGS`, an attribute of `Config`, a line in the sample.
 A verb: a row in `VERBS`, a method of `Session` if no handler fits, and its name in
@@ -258,7 +258,7 @@ TLS_REQUIRED = Reply.of(b"530 5.7.0 Must issue a STARTTLS command first")
 AUTH_NEEDS_TLS = Reply.of(
     b"538 5.7.11 Encryption required for requested authentication mechanism"
 )
-NOTHING_BEHIND_STARTTLS = Reply.of(b"554 Nothing may be sent behind STARTTLS")
+WAIT_FOR_STARTTLS = Reply.of(b"554 Wait for the reply to STARTTLS")
 INSUFFICIENT_AUTHORIZATION = Reply.of(b"554 Insufficient authorization")
 TOO_MANY_ERRORS = Reply.of(b"421 Too many errors")
 UNEXPECTED_DATA = Reply.of(b"554 Unexpected mail data after a refused DATA")
@@ -1027,9 +1027,8 @@ def smaller_limit(offered: Optional[frozenset[bytes]], size: int) -> int:
 def offered_attributes(reply: Reply, extension: bytes) -> Optional[frozenset[bytes]]:
     """Return the parameters of an extension in an EHLO reply, or None."""
     for line in reply.lines[1:]:
-        words = line[4:].upper().split()
-        if words and words[0] == extension:
-            return frozenset(words[1:])
+        if _keyword(line[4:]) == extension:
+            return frozenset(re.split(rb"[\s=]+", line[4:].strip().upper())[1:])
     return None
 
 
@@ -2349,11 +2348,32 @@ class StandardError:
                 self._dropped += 1
 
     def _write(self, text: str, seconds: float) -> bool:
-        # Where poll finds room in a pipe, PIPE_BUF octets fit in.
-        if not self._poller.poll(seconds * 1000):
+        # Where poll finds room in a pipe, PIPE_BUF octets fit in, unless another worker
+        # is faster.
+        try:
+            if not self._poller.poll(seconds * 1000):
+                return False
+            write_at_once(2, f"{NAME}: {text}\n".encode("ascii", "backslashreplace"))
+        except BlockingIOError:
             return False
-        os.write(2, f"{NAME}: {text}\n".encode("ascii", "backslashreplace"))
         return True
+
+
+def write_at_once(descriptor: int, octets: bytes) -> None:
+    """Write octets; on Linux BlockingIOError if a pipe or socket has no room."""
+    if IS_LINUX and not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        try:
+            # Not O_NONBLOCK, which would hold for all who have this open.
+            os.pwritev(descriptor, [octets], -1, os.RWF_NOWAIT)
+            return
+        except OSError as error:
+            if error.errno not in _NO_NOWAIT:
+                raise
+    os.write(descriptor, octets)
+
+
+# How a system, or a kind of file, says that it has no RWF_NOWAIT.
+_NO_NOWAIT = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ESPIPE)
 
 
 to_standard_error = StandardError()
@@ -2589,7 +2609,7 @@ class TlsSocket(socket.socket):
         self._incoming.write(received)
         self._ahead = b""  # decrypted, but not taken yet
         self._is_at_end = False
-        self._has_failed = False  # behind what is decrypted
+        self._failure: Optional[OSError] = None  # of the record after `_ahead`
         self._unsent = b""  # encrypted, from `_taken` octets of a `send` that blocked
         self._taken = 0
 
@@ -2608,6 +2628,8 @@ class TlsSocket(socket.socket):
             finally:
                 self._send_pending()  # also the alert that tells why it has failed
             self._decrypt()
+            if self._failure:
+                raise self._failure
         except ssl.SSLWantReadError:
             if self._is_at_end:
                 raise TlsFailure("connection closed by peer") from None
@@ -2630,7 +2652,7 @@ class TlsSocket(socket.socket):
         socket could be read: a record may be incomplete or empty.
         """
         is_peek = flags & socket.MSG_PEEK
-        while not (self._is_at_end or self._has_failed) and len(self._ahead) < (
+        while not (self._is_at_end or self._failure) and len(self._ahead) < (
             bufsize if is_peek else 1
         ):
             try:
@@ -2641,8 +2663,8 @@ class TlsSocket(socket.socket):
             if not is_peek:
                 break
         octets = self._ahead
-        if not octets and self._has_failed:
-            self._decrypt()  # which raises the failure
+        if not octets and self._failure:
+            raise self._failure
         if not octets and not self._is_at_end:
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         if is_peek:
@@ -2658,7 +2680,7 @@ class TlsSocket(socket.socket):
             self._is_at_end = True  # even if the peer has not announced it
 
     def _decrypt(self) -> None:
-        """Decrypt whatever whole records have come; OSError for one that is wrong."""
+        """Decrypt whatever whole records have come, up to one that is wrong."""
         import ssl
 
         octets = [self._ahead]
@@ -2671,12 +2693,12 @@ class TlsSocket(socket.socket):
         except ssl.SSLZeroReturnError:
             self._is_at_end = True
         except ssl.SSLError as error:
-            # What came before it is good; it will be wrong the next time, too.
-            if not any(octets):
-                raise OSError(errno.EPROTO, tls_reason(error)) from error
-            self._has_failed = True
+            self._failure = OSError(errno.EPROTO, tls_reason(error))
         self._ahead = b"".join(octets)
-        self._send_pending()  # an answer of the protocol's own, if there is any
+        # An answer of the protocol's own, if there is any.  What does not go now goes
+        # before what is sent next.
+        with contextlib.suppress(OSError):
+            self._send_pending(socket.MSG_DONTWAIT)
 
     def send(self, data: Any, flags: int = 0, /) -> int:
         """Send the first octets and return how many, as a plain socket does.
@@ -2686,6 +2708,8 @@ class TlsSocket(socket.socket):
         """
         import ssl
 
+        if self._failure:
+            raise self._failure  # OpenSSL would say nothing but that it is over
         if not self._taken:
             rest = memoryview(data)
             while rest and self._outgoing.pending < TLS_BLOCK:
@@ -3003,8 +3027,7 @@ class ClientChannel(Channel):
         left = LINGER_OCTETS
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_WR)
-            set_timeout(self._socket, socket.SO_RCVTIMEO, seconds)
-            while left > 0 and not deadline.has_passed:
+            while left > 0 and await_readable(deadline.left, self.fileno()):
                 octets = socket.socket.recv(self._socket, SMALL_BLOCK)  # even if TLS
                 if not octets:
                     break
@@ -3560,15 +3583,14 @@ class Affinity:
 
 
 class KeepAlive:
-    """Calls `beat` every `interval` seconds, if its owner calls `check`; 0: never."""
+    """Says when the next of something is due, every `interval` seconds; 0: never."""
 
-    def __init__(self, interval: float, beat: Callable[[], object]) -> None:
+    def __init__(self, interval: float) -> None:
         self._interval = interval
-        self._beat = beat
         self._due = time.monotonic() + interval
 
     def cut(self, seconds: float) -> float:
-        """Return how long to wait instead of `seconds`, so that no beat is missed."""
+        """Return how long to wait instead of `seconds`, so that none is missed."""
         if not self._interval:
             return seconds
         return max(0.0, min(seconds, self._due - time.monotonic()))
@@ -3577,11 +3599,12 @@ class KeepAlive:
         """Stop for good."""
         self._interval = 0
 
-    def check(self) -> None:
-        """Beat if it is time."""
-        if self._interval and time.monotonic() >= self._due:
-            self._beat()
+    def is_due(self) -> bool:
+        """Return whether it is time; if it is, the next interval begins."""
+        is_due = bool(self._interval) and time.monotonic() >= self._due
+        if is_due:
             self._due = time.monotonic() + self._interval
+        return is_due
 
 
 def peek_exit_status(pid: int) -> int:
@@ -3936,7 +3959,9 @@ class FilterRun:
 
     # The run
 
-    def finish(self, keep_alive: KeepAlive) -> tuple[int, bytes]:
+    def finish(
+        self, keep_alive: KeepAlive, send_noop: Callable[[], None]
+    ) -> tuple[int, bytes]:
         """Wait until the process, and its standard output, have come to an end.
 
         Returns the exit status, negative for a signal, and the last line of its
@@ -3961,7 +3986,8 @@ class FilterRun:
                 raise FilterFailure("timeout while listening to filter command")
             if self._end not in self._open:
                 self._shared.shutdown.check()
-            keep_alive.check()
+            if keep_alive.is_due():
+                send_noop()
         if self._error in self._open:
             # Not to its end, since a child in the background may go on writing.
             self._take(self._error, PIPE_MOST)
@@ -4509,7 +4535,7 @@ class Transaction:
         self._is_open = True  # the mail transaction at the server
         self._server_reply: Optional[Reply] = None  # to DATA, or to the mail data
         self._server_seconds = 0.0  # from the end of the mail data to that
-        self._keep_alive = KeepAlive(0, self._send_noop)
+        self._keep_alive = KeepAlive(0)
 
     def close(self) -> None:
         """Remove what is left of the message.
@@ -4528,7 +4554,7 @@ class Transaction:
         `Hangup` if the session has to end; then the client has been answered, too.
         """
         self._session = session
-        self._keep_alive = KeepAlive(self._config.keep_alives, self._send_noop)
+        self._keep_alive = KeepAlive(self._config.keep_alives)
         try:
             with contextlib.closing(self):
                 reply = self._deliver(unfiltered)
@@ -4647,7 +4673,8 @@ class Transaction:
             if seconds or time.monotonic() >= self._next_look:
                 self._session.watch(seconds, with_server=self._watches_server)
                 self._next_look = time.monotonic() + CLIENT_POLL
-            self._keep_alive.check()
+            if self._keep_alive.is_due():
+                self._send_noop()
             octets = self._session.client.receive(BLOCK)
             if octets is not None:
                 return octets
@@ -4746,7 +4773,7 @@ class Transaction:
         begun = time.monotonic()
         try:
             run.start(config.filter_command, self.environment, config.filter_timeout)
-            self.exit_status, last_line = run.finish(self._keep_alive)
+            self.exit_status, last_line = run.finish(self._keep_alive, self._send_noop)
         finally:
             self.filter_seconds = time.monotonic() - begun
             self.standard_error = run.standard_error.lines
@@ -4877,16 +4904,16 @@ _WAS_ENDED = frozenset((-signal.SIGTERM, 128 + signal.SIGTERM))
 class State(Enum):
     """The states of a session: what the next octets from the client are.
 
-    state            event                         next state
-    GREETING         the server's greeting         COMMAND
-    COMMAND          334                           AUTHENTICATION
-                     DATA with an envelope         DATA
-    AUTHENTICATION   any other reply               COMMAND
-    DATA             the final reply               COMMAND
-    any              QUIT, 421, a lost connection  CLOSED
+    state            event                     next state
+    COMMAND          334                       AUTHENTICATION
+                     DATA with an envelope     DATA
+    AUTHENTICATION   any other reply           COMMAND
+    DATA             the final reply           COMMAND
+    any              QUIT, 421                 CLOSED
+
+    In any state, a `Hangup` ends the session.
     """
 
-    GREETING = auto()  # nothing: the server speaks first
     COMMAND = auto()  # a command line
     AUTHENTICATION = auto()  # the answer to a challenge (RFC 4954 section 4)
     DATA = auto()  # mail data, or nothing until the final reply
@@ -4912,6 +4939,7 @@ class TlsState(Enum):
     ENCRYPTED = auto()
 
 
+_WITH_TLS = (TlsState.HANDSHAKE, TlsState.HELLO_DUE, TlsState.ENCRYPTED)
 # By state: the refusals of some verbs (None: the verb passes) and that of all others.
 # BDAT passes, since `_bdat` must end the session.  HANDSHAKE reads no commands.
 _TLS_REFUSALS: dict[
@@ -4971,7 +4999,7 @@ class Session:
         self._outer_tls = ""
         self.server: ServerChannel  # from `_connect` on, as the next one
         self.server_peer: Peer
-        self._state = State.GREETING
+        self._state = State.COMMAND
         self._tls = _FIRST_TLS_STATES[self.config.listen_tls]
         self._envelope = Envelope()
         self._xclient_state = (
@@ -5021,6 +5049,10 @@ class Session:
             if hangup.reply is not None:
                 is_late = self.shared.shutdown.stopping.is_set
                 self.client.linger(LAST_GRACE if is_late else LINGER)
+        except Exception:
+            if self._tls in _WITH_TLS:  # `Listener` can reach clients in clear only
+                self.client.close()
+            raise
         self.client.close()
 
     def say_last_word(self, hangup: Hangup) -> None:
@@ -5189,7 +5221,6 @@ class Session:
         if not greeting.is_success and not greeting.is_refusal:
             text = f"SERVER: unusable greeting: {greeting.text}"
             raise ServerLost(text, SERVER_CONFUSED)
-        self._state = State.COMMAND
         self.answer(hide_greeting(greeting) if greeting.code == 220 else greeting)
 
     # Lines from the client
@@ -5239,8 +5270,9 @@ class Session:
             if self.client.commands:  # a client may send its line octet by octet
                 self.watch(0)
             octets = self.client.receive()
+            deadline = Deadline(self.config.timeout)  # also for a whole TLS record
             while octets is None:
-                if not self.watch(self.config.timeout):
+                if not self.watch(deadline.left):
                     raise self.client.timed_out()
                 octets = self.client.receive()
             self.client.commands.feed(octets)
@@ -5366,8 +5398,8 @@ class Session:
             raise Refusal(STARTTLS_ARGUMENT)
         if self.client.has_spoken():
             # These octets would be taken for a command that came encrypted.
-            text = "client sent more behind STARTTLS"
-            raise Hangup(text, NOTHING_BEHIND_STARTTLS)
+            text = "client sent more after STARTTLS"
+            raise Hangup(text, WAIT_FOR_STARTTLS)
         self.answer(READY_FOR_TLS)
         self.client.flush()
         self._tls = TlsState.HANDSHAKE
@@ -7263,8 +7295,9 @@ def close_on_exec() -> None:
 FIRST_PASSED = 3  # SD_LISTEN_FDS_START
 
 
+@functools.cache  # `detach` changes the process
 def is_socket_passed() -> bool:
-    """Return whether systemd has passed sockets to this process."""
+    """Return whether systemd has passed sockets to the process that was started."""
     is_ours = os.environ.get("LISTEN_PID") == str(os.getpid())
     return is_ours and os.environ.get("LISTEN_FDS", "0") != "0"
 

@@ -406,6 +406,7 @@ def test_smaller_limit(offered: Optional[tuple[bytes, ...]], expected: int) -> N
         ([b"a"], True, 7, [b"PIPELINING", b"SIZE 7"]),
         ([b"a", b"SIZE 5"], True, 7, [b"PIPELINING", b"SIZE 5"]),
         ([b"a", b"SIZE 5"], True, 0, [b"PIPELINING", b"SIZE 5"]),
+        ([b"a", b"SIZE=5"], True, 7, [b"PIPELINING", b"SIZE 5"]),
         ([b"a", b"DSN", b"SIZE"], True, 7, [b"PIPELINING", b"SIZE 7", b"DSN"]),
         ([b"a"], False, 7, []),
     ],

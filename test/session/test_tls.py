@@ -16,6 +16,7 @@ import signal
 import socket
 import ssl
 import struct
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -462,7 +463,7 @@ STARTTLS_ROW: Mapping[Callable[[Listening], str], Ending] = {
     authenticating: Ending("538"),
     without_ehlo: Ending("503 503 503 250 250 503"),
     twice: Ending("503"),
-    injecting: Ending("554", "client sent more behind STARTTLS"),
+    injecting: Ending("554", "client sent more after STARTTLS"),
     with_argument: Ending("501"),
     half_a_record: Ending("closed", HUNG_UP),
     silent: Ending("closed", SILENT),
@@ -939,6 +940,84 @@ def test_trickled_empty_records_do_not_hold_a_slot(
     socket.socket.send(client.sock, b"\x17\x03\x03\x40")
     server.connections[0].send(b"421 Bye\r\n")
     assert client.reply() == b"421 Bye\r\n"
+
+
+def test_trickled_record_is_bounded_by_time_out(
+    certificates: Certificates, proxsmtpd: StartDaemon
+) -> None:
+    """Octets that are no whole record are no command, and do not count as one."""
+    daemon = proxsmtpd({**listen_tls("may", certificates.path("good")), "TimeOut": 1})
+    client = daemon.connect()
+    encrypted(client)
+    begun = time.monotonic()
+    socket.socket.send(client.sock, b"\x17\x03\x03\x40")
+    while not select.select([client.sock], [], [], 0.3)[0]:
+        socket.socket.send(client.sock, b"\x00")
+        assert time.monotonic() - begun < PEER_PATIENCE
+    assert client.reply() == b"421 Timed out waiting for client\r\n"
+
+
+BAD_RECORD = b"\x17\x03\x03\x00\x15" + bytes(21)
+
+
+def test_bad_record_of_an_idle_server(
+    certificates: Certificates, make_server: MakeServer, proxsmtpd: StartDaemon
+) -> None:
+    """It ends the session at once, and the log has the reason."""
+    context = server_context(certificates.path("good"))
+    script = {"EHLO": hello(b"STARTTLS"), "STARTTLS": starttls(context)}
+    server = make_server(script)
+    daemon = proxsmtpd({"OutTls": "require"}, server=server)
+    client = daemon.connect()
+    client.start()
+    socket.socket.send(server.connections[0].sock, BAD_RECORD)
+    assert client.reply() == b"421 Connection to server lost\r\n"
+    daemon.wait_log(r"SERVER: couldn't read data from socket: .*bad record mac")
+
+
+def test_bad_record_after_a_good_one(
+    certificates: Certificates, proxsmtpd: StartDaemon, server: ScriptedServer
+) -> None:
+    """What came before it is relayed; then the log has the reason."""
+    daemon = proxsmtpd(listen_tls("may", certificates.path("good")))
+    client = daemon.connect()
+    encrypted(client)
+    client.send(b"NOOP\r\n")
+    socket.socket.send(client.sock, BAD_RECORD)
+    server.wait_line(b"NOOP")
+    daemon.wait_log(r"CLIENT: couldn't (?:read|write) data .*bad record mac")
+
+
+FAULTY = """\
+import os, runpy, sys
+def pread(descriptor, length, offset):
+    raise ZeroDivisionError("a fault of ours")
+os.pread = pread
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("is_encrypted", [False, True], ids=["clear", "tls"])
+def test_fault_of_ours_ends_the_connection(
+    is_encrypted: bool, certificates: Certificates, proxsmtpd: StartDaemon
+) -> None:
+    """The client need not wait until the garbage is collected."""
+    settings = {**listen_tls("may", certificates.path("good")), "FilterCommand": "cat"}
+    command = [sys.executable, "-c", FAULTY, PROGRAM]
+    daemon = proxsmtpd(settings, program=command)
+    daemon.is_faulty = True
+    client = daemon.connect()
+    if is_encrypted:
+        encrypted(client)
+        client.envelope()
+    else:
+        client.start()
+    client.expect(b"DATA", b"354")
+    client.send(stuffed(long_message(2 * MEGABYTE)) + b".\r\n")
+    if not is_encrypted:
+        assert client.reply() == b"421 Local Error, try again later\r\n"
+    assert client.at_end()
+    daemon.wait_log("session failed: ZeroDivisionError: a fault of ours")
 
 
 # --- Many at once ---

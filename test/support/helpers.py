@@ -275,6 +275,7 @@ class Daemon:
         self.mark = uuid.uuid4().hex
         self._log = ""
         self._unfinished = b""  # a line of the log
+        self.is_faulty = False  # it is to show what a fault of ours does
         self._clients: list[RawClient] = []
         self._changed = threading.Condition()
         self._stopped = False
@@ -358,6 +359,11 @@ class Daemon:
         of_each = [(pid, children(pid), sockets(pid)) for pid in pids]
         return of_each, list(self.tempdir.iterdir())
 
+    def has_traceback(self) -> bool:
+        """Return whether the log has a traceback that is not a filter's."""
+        text = rf"^(?!.*: FILTER < ).*{re.escape(TRACEBACK)}"
+        return bool(re.search(text, self.log(), re.M))
+
     def stop(self, how: int = signal.SIGTERM, timeout: float = PATIENCE) -> int:
         """Send it a signal and return its exit status."""
         self.process.send_signal(how)
@@ -385,8 +391,8 @@ class Daemon:
         if self.process.poll() is not None and not self._stopped:
             wrong.append(f"it ended by itself with {self.process.returncode}")
         wrong += self._end()
-        if re.search(rf"^(?!.*: FILTER < ).*{re.escape(TRACEBACK)}", self.log(), re.M):
-            wrong.append("it printed a traceback")
+        if self.has_traceback() != self.is_faulty:
+            wrong.append("it printed a traceback" if not self.is_faulty else "no fault")
         wrong += [f"it left {path}" for path in self.tempdir.glob("*")]
         return wrong + self._end_children()
 

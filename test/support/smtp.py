@@ -110,10 +110,13 @@ def reset(sock: socket.socket) -> None:
 
 
 def hang_up(sock: socket.socket) -> None:
-    """End a connection with a FIN, waking a thread that still reads from it."""
+    """End a connection with a FIN, and wake the thread that reads from it, if any.
+
+    That thread closes the socket.  If another did, the descriptor might be somebody
+    else's before the thread has noticed: `ssl` reads an octet of what is no connection.
+    """
     with contextlib.suppress(OSError):  # The peer may have been faster.
         socket.socket.shutdown(sock, socket.SHUT_RDWR)  # leaves an SSLSocket usable
-    sock.close()
 
 
 # --- The server ---
@@ -254,6 +257,7 @@ class ScriptedServer:
             hang_up(connection.sock)
         for thread in self._threads:
             thread.join(10)
+        self._listener.close()
 
     def _start(self, target: Callable[..., None], *args: object) -> None:
         thread = threading.Thread(target=target, args=args, daemon=True)

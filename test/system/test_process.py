@@ -9,6 +9,7 @@ import queue
 import resource
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -19,7 +20,7 @@ from typing import Any, Callable
 import pytest
 
 import proxsmtpd as program
-from helpers import poll, port_of, reserve_port
+from helpers import ROOT, poll, port_of, reserve_port
 from proxsmtpd import (
     FilterFailure,
     FilterRun,
@@ -31,7 +32,7 @@ from proxsmtpd import (
     UnlockedSpawn,
 )
 
-NO_KEEP_ALIVE = KeepAlive(0, lambda: None)
+NO_KEEP_ALIVE = (KeepAlive(0), lambda: None)
 
 
 class LogLines(list[str]):
@@ -80,7 +81,7 @@ def test_filter_that_cannot_be_ended(process: FilterRun, log_lines: LogLines) ->
     process.start("sleep 5", os.environb, 1)
     pid = process._pid
     with pytest.raises(FilterFailure, match="timeout"), process:
-        process.finish(NO_KEEP_ALIVE)
+        process.finish(*NO_KEEP_ALIVE)
     assert time.monotonic() - begin < 4.5
     assert log_lines[-1] == f"couldn't kill filter process (pid {pid})"
     process.send_signal(signal.SIGTERM)  # as the daemon's end does
@@ -121,7 +122,7 @@ def test_filter_that_is_ended_at_its_end(command: str, process: FilterRun) -> No
     with process._shared.shutdown.listed(process):
         process._shared.shutdown.stop()
     with pytest.raises(FilterFailure, match="the daemon ends"), process:
-        process.finish(NO_KEEP_ALIVE)
+        process.finish(*NO_KEEP_ALIVE)
 
 
 def test_filter_that_would_start_when_all_are_ended(process: FilterRun) -> None:
@@ -139,7 +140,7 @@ def test_filters_that_are_not_running_any_more(process: FilterRun) -> None:
     shutdown.stop()
     with process:
         process.start("true", os.environb, 5)
-        assert process.finish(NO_KEEP_ALIVE) == (0, b"")
+        assert process.finish(*NO_KEEP_ALIVE) == (0, b"")
         process.release()
 
 
@@ -344,6 +345,57 @@ def test_call_when_a_thread_has_waited_long_enough(
     threads.start(1)
     assert poll(lambda: made == [1, 2])
     assert poll(lambda: threads._waiting == [])
+
+
+# --- What another process may do meanwhile ---
+
+
+@pytest.mark.skipif(not program.IS_LINUX, reason="Linux alone has RWF_NOWAIT")
+def test_no_log_line_blocks_though_poll_found_room() -> None:
+    """Another worker may have filled the pipe between poll and write."""
+    reader, writer = os.pipe()
+    try:
+        for _ in range(16):
+            program.write_at_once(writer, bytes(4096))
+        with pytest.raises(BlockingIOError):
+            program.write_at_once(writer, b"one more")
+        os.read(reader, 4096)
+        program.write_at_once(writer, b"one more")
+        assert os.get_blocking(writer)
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def test_log_line_to_a_file(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("wb") as file:
+        program.write_at_once(file.fileno(), b"a line\n")
+    assert (tmp_path / "log").read_bytes() == b"a line\n"
+
+
+def test_socket_of_the_daemon_before_it_detached() -> None:
+    """At a reload Listen is still not used."""
+    script = (
+        "import os, proxsmtpd; os.environ.update(LISTEN_PID=str(os.getpid()), "
+        "LISTEN_FDS='1'); assert proxsmtpd.is_socket_passed(); child = os.fork(); "
+        "child or os._exit(not proxsmtpd.is_socket_passed()); "
+        "assert os.waitpid(child, 0)[1] == 0"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+
+def test_linger_is_bounded() -> None:
+    """Octets that come meanwhile do not prolong it."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        channel = program.ClientChannel(ours, 30, program.Log(0))
+        timer = threading.Timer(1.5, theirs.send, [b"more"])
+        timer.start()
+        begun = time.monotonic()
+        channel.linger(2)
+        assert 2 <= time.monotonic() - begun < 3.4
+        timer.join()
+        channel.close()
 
 
 # --- What else the system may say ---
