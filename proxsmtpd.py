@@ -3090,7 +3090,7 @@ class ServerChannel(Channel):
         return ServerLost(text, SERVER_CONFUSED)
 
     def _ask(self, line: bytes, log_as: bytes) -> Reply:
-        if self.has_more:
+        if self.has_buffered_reply:
             self.relay_unsolicited()
         self._log.dialogue(self.side, ">", log_as)
         self.send(line + b"\r\n")
@@ -3109,20 +3109,20 @@ class ServerChannel(Channel):
         try:
             reply = self._replies.next_reply()
             while reply is None:
-                reply = self._replies.take(self._wait(deadline))
+                reply = self._replies.take(self._receive_by(deadline))
         except BadReply as error:
             raise ServerLost(f"SERVER: {error}", SERVER_CONFUSED) from error
         self._log.dialogue(self.side, "<", reply)
         return reply
 
-    def _wait(self, deadline: Deadline) -> bytes:
+    def _receive_by(self, deadline: Deadline) -> bytes:
         """Wait for octets of a reply, which has to be whole by the deadline."""
         client = self._client
         if client is not None and client.holds_replies and not self.wait(REPLY_HOLD):
             client.flush()
         # No poll before the first recv: SO_RCVTIMEO limits that already.  It may give
         # nothing but a part of a TLS record.
-        octets = None if self.has_more else self.receive()
+        octets = None if self.has_buffered_reply else self.receive()
         while octets is None and not deadline.has_passed and self.wait(deadline.left):
             octets = self.receive()
         if octets is None:
@@ -3130,14 +3130,14 @@ class ServerChannel(Channel):
             raise ServerLost(text, SERVER_TIMED_OUT)
         return octets
 
-    def relay_unsolicited(self, *, as_answer: bool = True) -> NoReturn:
+    def relay_unsolicited(self, *, client_waits: bool = True) -> NoReturn:
         """Relay an unsolicited reply, and end the session.
 
-        With `as_answer` the client waits for a reply: then a 2xx is not relayed, since
-        the client would take it for that.
+        If `client_waits` for the reply to a command, a 2xx is not relayed, since it
+        would be taken for that.
         """
         reply = self.read_reply()
-        is_news = reply.is_refusal or (reply.is_success and not as_answer)
+        is_news = reply.is_refusal or (reply.is_success and not client_waits)
         last_word = reply if is_news else SERVER_CONFUSED
         raise ServerLost(f"SERVER: unsolicited reply: {reply.text}", last_word)
 
@@ -3166,17 +3166,17 @@ class ServerChannel(Channel):
         with contextlib.suppress(ServerLost):
             if self._peek():
                 self._replies.feed(self.receive() or b"")
-        if self.has_more:
+        if self.has_buffered_reply:
             self.relay_unsolicited()
 
     @property
-    def has_more(self) -> bool:
+    def has_buffered_reply(self) -> bool:
         """Whether the server has sent more than the replies to our commands."""
         return bool(self._replies)
 
     def has_spoken(self) -> bool:
         """Return whether an unsolicited reply, or the connection's end, has come."""
-        return self.has_more or self._peek() is not None
+        return self.has_buffered_reply or self._peek() is not None
 
     def encrypt(self, context: ssl.SSLContext, name: str, *stop: int) -> None:
         """Start TLS as its client; `name` is the server's.  See `_encrypt`."""
@@ -3931,20 +3931,20 @@ class FilterRun:
             self._end = os.pidfd_open(self._pid)
         except (AttributeError, OSError):
             # Not Linux, or a kernel before 5.3: a thread waits and closes a pipe.
-            end, told = os.pipe()
-            waiter = threading.Thread(target=self._wait_and_tell, args=(told,))
+            end, writer = os.pipe()
+            waiter = threading.Thread(target=self._wait_and_close, args=(writer,))
             try:
                 waiter.start()
             except RuntimeError:
                 os.close(end)
-                os.close(told)
+                os.close(writer)
                 raise
             self._end, self._waiter = end, waiter
         self._register(self._end, select.POLLIN)
 
-    def _wait_and_tell(self, told: int) -> None:
+    def _wait_and_close(self, writer: int) -> None:
         self._exit_status = peek_exit_status(self._pid)
-        os.close(told)
+        os.close(writer)
 
     def _register(self, descriptor: int, event: int) -> None:
         self._poller.register(descriptor, event)
@@ -4829,10 +4829,10 @@ class Transaction:
         field = b"" if self.status == Status.SKIPPED else self._session.header_field()
         reply = self._server_reply = server.ask_for_data()
         if reply.code == 354:
-            blocks = self.message.blocks() if not is_stream else self._incoming()
             if is_stream:
                 self._invite(reply)
                 self._keep_alive.stop()  # NOOP would become mail data
+            blocks = self._incoming() if is_stream else self.message.blocks()
             try:
                 reply = self._transmit(blocks, field)
             except OSError as error:
@@ -5021,7 +5021,7 @@ class Session:
         return self._local_peer or self.client.local_peer()
 
     @property
-    def client_tls(self) -> str:
+    def client_cipher(self) -> str:
         """Protocol and cipher of the client's side; empty if it is in clear."""
         return self.client.tls or self._outer_tls
 
@@ -5130,9 +5130,9 @@ class Session:
                 raise self._not_encrypted("doesn't offer STARTTLS")
             return greeting
         reply = self.server.own_command(b"STARTTLS")
-        if self.server.has_more:
+        if self.server.has_buffered_reply:
             # An attacker may have added octets, to be read as if they came encrypted.
-            raise self._not_encrypted("more came behind the reply to STARTTLS")
+            raise self._not_encrypted("more came after the reply to STARTTLS")
         if reply.code != 220:
             failure = self._not_encrypted(f"refused STARTTLS: {reply.text}")
             if not is_optional:
@@ -5265,8 +5265,8 @@ class Session:
             if line is not None:
                 return line
             self.client.flush()
-            if self.server.has_more:
-                self.server.relay_unsolicited(as_answer=False)
+            if self.server.has_buffered_reply:
+                self.server.relay_unsolicited(client_waits=False)
             if self.client.commands:  # a client may send its line octet by octet
                 self.watch(0)
             octets = self.client.receive()
@@ -5297,7 +5297,7 @@ class Session:
                 return client in ready
             # TLS has messages of its own, such as session tickets.
             if self.server.has_spoken():
-                self.server.relay_unsolicited(as_answer=not is_idle)
+                self.server.relay_unsolicited(client_waits=not is_idle)
             if deadline.has_passed:
                 return client in ready
 
@@ -5445,7 +5445,7 @@ class Session:
             reply = self.server.ask(shortest)
         if reply.is_success:
             self._xclient_state = XclientState.DONE
-            self._is_authenticated = False  # the server has begun anew
+            self._is_authenticated = False  # the server has started the session again
         elif reply.code in XCLIENT_UNAVAILABLE:
             self.log.warning("server didn't accept XCLIENT")
         else:
@@ -5462,10 +5462,14 @@ class Session:
         if self._xclient_refusal is not None:
             raise Refusal(self._xclient_refusal, is_error=False)
 
-    def _mail(self, command: Command) -> Reply:
+    def _begin_envelope(self) -> None:
+        """Note that a transaction is begun, if FilterReject allows any."""
         self._envelope.has_begun = True
         if self._rejects:
             raise Refusal(self.config.filter_reject, is_error=False)
+
+    def _mail(self, command: Command) -> Reply:
+        self._begin_envelope()
         # Not every server insists on EHLO, but each must know whose mail it is.
         self._send_xclient(XCLIENT_UNLISTED, None)
         self._check_xclient_refusal()
@@ -5483,9 +5487,7 @@ class Session:
         return reply
 
     def _rcpt(self, command: Command) -> Reply:
-        self._envelope.has_begun = True
-        if self._rejects:
-            raise Refusal(self.config.filter_reject, is_error=False)
+        self._begin_envelope()
         path = read_path(command.argument, b"TO")
         has_filter = self.config.has_filter and not self._skips
         if has_filter and not self._envelope.has_room_for(path.address):
@@ -5512,7 +5514,7 @@ class Session:
             unfiltered = Status.SKIPPED
         self._state = State.DATA
         variables = envelope.filter_variables(
-            self.client_peer, self.server_peer, self.client_tls
+            self.client_peer, self.server_peer, self.client_cipher
         )
         Transaction(self.shared, self.log, variables).run(self, envelope, unfiltered)
         if self._state is State.DATA:
@@ -5595,7 +5597,7 @@ class Session:
             self.client_peer.host,
             self.local_peer.host,
             rfc5322_date(time.time()),
-            self.client_tls,
+            self.client_cipher,
         )
 
     def log_message(self, envelope: Envelope, status: str) -> None:
@@ -5770,7 +5772,7 @@ class Listener(socketserver.ThreadingTCPServer):
         """
         self._poll(supervisor, self.fileno())
 
-    def finish(self, supervisor: int) -> None:
+    def finish_sessions(self, supervisor: int) -> None:
         """Accept no more; return when a signal comes or a session has ended."""
         self._is_closing = True  # from now on each session that ends wakes us
         self.socket.close()
@@ -6054,9 +6056,9 @@ class Supervisor:
             while not self._signals.count:
                 is_complete = self._replace()
                 self._wait(None if is_complete else FORK_PAUSE)
-                while self._signals.take_report():  # another may come meanwhile
+                while self._signals.take(signal.SIGUSR1):  # another may come meanwhile
                     self._report()
-                if self._signals.take_reload():
+                if self._signals.take(signal.SIGHUP):
                     self._reload()
         finally:
             self._daemon.notify_end()
@@ -6246,12 +6248,12 @@ def serve_as_worker(
     try:
         while not signals.count and (listener.connections or not is_retired):
             if is_retired:
-                listener.finish(life)
+                listener.finish_sessions(life)
             else:
                 listener.serve(life)
-            if signals.take_report():
+            if signals.take(signal.SIGUSR1):
                 send_report(statistics, reports)
-            is_retired |= signals.take_retirement()
+            is_retired |= signals.take(signal.SIGUSR2)
     finally:
         listener.end()
         send_report(statistics, reports)
@@ -6272,11 +6274,11 @@ def serve_alone(daemon: Daemon) -> None:
     try:
         while not signals.count:
             listener.serve()
-            if signals.take_report():
+            if signals.take(signal.SIGUSR1):
                 statistics = listener.shared.statistics
                 statistics.note_resources()
                 log_report(statistics, daemon.limit, daemon.log)
-            if signals.take_reload():
+            if signals.take(signal.SIGHUP):
                 if daemon.reload():
                     shared = daemon.reconfigure(listener.shared)
                     listener.attach(shared, signals)
@@ -6714,17 +6716,9 @@ class Signals:
     def _note(self, number: int, _frame: object) -> None:
         self._noted[number] = True
 
-    def take_report(self) -> bool:
-        """Return whether SIGUSR1 has come since the last call."""
-        return self._noted.pop(signal.SIGUSR1, False)
-
-    def take_reload(self) -> bool:
-        """Return whether SIGHUP has come since the last call."""
-        return self._noted.pop(signal.SIGHUP, False)
-
-    def take_retirement(self) -> bool:
-        """Return whether SIGUSR2 has come, with which the supervisor retires us."""
-        return self._noted.pop(signal.SIGUSR2, False)
+    def take(self, number: int) -> bool:
+        """Return whether this signal has come since the last call."""
+        return self._noted.pop(number, False)
 
     def fileno(self) -> int:
         return self._read_end
@@ -7157,10 +7151,10 @@ class CheckedChannel(ServerChannel):
         except TlsFailure as failure:
             raise TlsFailure(f"cannot be encrypted to: {failure}") from failure
 
-    def _wait(self, deadline: Deadline) -> bytes:  # noqa: ARG002
+    def _receive_by(self, deadline: Deadline) -> bytes:  # noqa: ARG002
         left = max(0.001, self._all.left)  # 0 would be no limit
         set_timeout(self._socket, socket.SO_RCVTIMEO, left)
-        return super()._wait(self._all)
+        return super()._receive_by(self._all)
 
 
 def server_warnings(config: Config) -> list[str]:
@@ -7788,20 +7782,20 @@ def detach() -> int:
     Returns, in the child, the descriptor for `announce`.  The parent waits for that,
     and exits with 0, or with the child's exit status if the child ends first.
     """
-    ready, told = os.pipe()
+    reader, writer = os.pipe()
     with held_signals():  # until each of the two has its handlers
         pid = os.fork()
         if pid:
             for number in _ENDING:
                 signal.signal(number, lambda number, _frame: pass_on(pid, number))
-            os.close(told)
+            os.close(writer)
         else:
-            os.close(ready)
+            os.close(reader)
             os.setsid()
     if pid:
         # The parent's exit is the init script's answer; it cleans up nothing.
-        os._exit(0 if os.read(ready, 1) else wait_for_exit(pid) & 0xFF)
-    return told
+        os._exit(0 if os.read(reader, 1) else wait_for_exit(pid) & 0xFF)
+    return writer
 
 
 def pass_on(pid: int, number: int) -> None:

@@ -160,7 +160,7 @@ IN_TLS, IN_CLEAR = Outcome(), Outcome(is_encrypted=False)
 SLOW = fails("network read operation timed out", TIMED_OUT)
 NOT_OFFERED = fails("doesn't offer STARTTLS")
 REFUSED = "refused STARTTLS: 454 4.7.0 TLS not available"
-INJECTED = fails("more came behind the reply to STARTTLS")
+INJECTED = fails("more came after the reply to STARTTLS")
 AWAY = Outcome(b"554 5.7.1 Go away\r\n")
 START = "couldn't start TLS:"
 OLD = f"{START} (tlsv1 alert protocol version|unsupported protocol)"
