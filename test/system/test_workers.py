@@ -474,7 +474,7 @@ def test_signal_while_nothing_can_be_accepted(
 
 def test_retired_worker_without_sessions_does_not_wait(parts: Any) -> None:
     parts.listener.attach(program.Shared(parts.config, parts.log, {}), parts.signals)
-    parts.listener.finish(-1)
+    parts.listener.finish_sessions(-1)
 
 
 # --- SIGHUP ---
