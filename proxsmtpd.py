@@ -25,8 +25,8 @@ ends them and their filters; all processes have `ConnectionLimit` in common.
 
 TLS.  Where a side is encrypted, its channel has a `TlsSocket` in place of its socket,
 which may have nothing to give although the socket could be read.  `TlsState` says which
-commands have to wait for TLS.  Each function that needs the
-module ssl imports it, so that a daemon without TLS never loads it.
+commands have to wait for TLS.  Each function that needs the module ssl imports it, so
+that a daemon without TLS never loads it.
 
 Where to begin reading: `VERBS` and `Session` are the dialogue, `Transaction` is the
 message, `FilterRun` the filter, `SETTINGS` the configuration, `Daemon` the process.
@@ -2361,19 +2361,22 @@ class StandardError:
 
 def write_at_once(descriptor: int, octets: bytes) -> None:
     """Write octets; on Linux BlockingIOError if a pipe or socket has no room."""
-    if IS_LINUX and not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    if _NOWAIT and not stat.S_ISREG(os.fstat(descriptor).st_mode):
         try:
             # Not O_NONBLOCK, which would hold for all who have this open.
-            os.pwritev(descriptor, [octets], -1, os.RWF_NOWAIT)
+            os.pwritev(descriptor, [octets], -1, _NOWAIT)
             return
+        except NotImplementedError:  # by this C library
+            pass
         except OSError as error:
-            if error.errno not in _NO_NOWAIT:
+            if error.errno not in _HAVE_NO_NOWAIT:
                 raise
     os.write(descriptor, octets)
 
 
-# How a system, or a kind of file, says that it has no RWF_NOWAIT.
-_NO_NOWAIT = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ESPIPE)
+_NOWAIT = getattr(os, "RWF_NOWAIT", 0)
+# How a kernel, or a kind of file, says that it does not know the flag.
+_HAVE_NO_NOWAIT = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ESPIPE)
 
 
 to_standard_error = StandardError()

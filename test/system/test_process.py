@@ -373,6 +373,28 @@ def test_log_line_to_a_file(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_bytes() == b"a line\n"
 
 
+def without_flags(*_arguments: object) -> None:
+    raise NotImplementedError("pwritev: flags unavailable on this platform")
+
+
+def without_the_flag(*_arguments: object) -> None:
+    raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+
+@pytest.mark.parametrize("pwritev", [without_flags, without_the_flag])
+def test_log_line_where_no_write_can_say_that_it_would_block(
+    pwritev: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with musl, or a terminal."""
+    monkeypatch.setattr(os, "pwritev", pwritev)
+    monkeypatch.setattr(program, "_NOWAIT", 8)
+    reader, writer = os.pipe()
+    program.write_at_once(writer, b"a line\n")
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        assert pipe.read() == b"a line\n"
+
+
 def test_socket_of_the_daemon_before_it_detached() -> None:
     """At a reload Listen is still not used."""
     script = (
