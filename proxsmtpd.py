@@ -3586,11 +3586,15 @@ class Affinity:
 
 
 class KeepAlive:
-    """Says when the next of something is due, every `interval` seconds; 0: never."""
+    """Says when the next NOOP is due, `interval` seconds after the last; 0: never."""
 
     def __init__(self, interval: float) -> None:
         self._interval = interval
-        self._due = time.monotonic() + interval
+        self.restart()
+
+    def restart(self) -> None:
+        """Count from now on: the last one has been answered."""
+        self._due = time.monotonic() + self._interval
 
     def cut(self, seconds: float) -> float:
         """Return how long to wait instead of `seconds`, so that none is missed."""
@@ -3602,12 +3606,9 @@ class KeepAlive:
         """Stop for good."""
         self._interval = 0
 
+    @property
     def is_due(self) -> bool:
-        """Return whether it is time; if it is, the next interval begins."""
-        is_due = bool(self._interval) and time.monotonic() >= self._due
-        if is_due:
-            self._due = time.monotonic() + self._interval
-        return is_due
+        return bool(self._interval) and time.monotonic() >= self._due
 
 
 def peek_exit_status(pid: int) -> int:
@@ -3989,7 +3990,7 @@ class FilterRun:
                 raise FilterFailure("timeout while listening to filter command")
             if self._end not in self._open:
                 self._shared.shutdown.check()
-            if keep_alive.is_due():
+            if keep_alive.is_due:
                 send_noop()
         if self._error in self._open:
             # Not to its end, since a child in the background may go on writing.
@@ -4676,7 +4677,7 @@ class Transaction:
             if seconds or time.monotonic() >= self._next_look:
                 self._session.watch(seconds, with_server=self._watches_server)
                 self._next_look = time.monotonic() + CLIENT_POLL
-            if self._keep_alive.is_due():
+            if self._keep_alive.is_due:
                 self._send_noop()
             octets = self._session.client.receive(BLOCK)
             if octets is not None:
@@ -4878,7 +4879,9 @@ class Transaction:
     def _send_noop(self) -> None:
         """Keep the server's connection alive; a refused NOOP is the last one."""
         reply = self._session.server.own_command(b"NOOP")
-        if not reply.is_success:
+        if reply.is_success:
+            self._keep_alive.restart()
+        else:
             self._log.warning(f"SERVER: refused NOOP, no more KeepAlives: {reply.text}")
             self._keep_alive.stop()
 

@@ -7,8 +7,10 @@ and then powers the machine off.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,8 @@ from manual import display
 
 PATIENCE = 60  # seconds, for all that a machine does
 SYSTEMD = "/lib/systemd/systemd"
+# Each machine's systemd starts at the root of the control groups.
+LOCK = Path(tempfile.gettempdir(), "proxsmtpd-test-systemd.lock")
 SHARED = "/mnt"  # the test's directory; systemd covers /tmp
 
 MACHINE = """
@@ -108,23 +112,25 @@ def run(script: str, place: Path, **files: str) -> list[str]:
         (shared / name).write_text(text)
     (shared / "script").write_text(f"{PREPARE}\n{script}\necho end\n")
     (shared / "try.service").write_text(SERVICE)
-    result = subprocess.run(
-        [
-            *("unshare", "--mount", "--net", "--pid", "--fork", "--cgroup"),
-            *("--kill-child", "sh", "-e", "-c", MACHINE),
-        ],
-        env={
-            "PATH": os.defpath + ":/usr/sbin:/sbin",
-            "PLACE": str(place),
-            "ROOT": str(ROOT),
-            "SHARED": SHARED,
-            "SYSTEMD": SYSTEMD,
-        },
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
+    with LOCK.open("w") as lock:  # another run of these tests may have one, too
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = subprocess.run(
+            [
+                *("unshare", "--mount", "--net", "--pid", "--fork", "--cgroup"),
+                *("--kill-child", "sh", "-e", "-c", MACHINE),
+            ],
+            env={
+                "PATH": os.defpath + ":/usr/sbin:/sbin",
+                "PLACE": str(place),
+                "ROOT": str(ROOT),
+                "SHARED": SHARED,
+                "SYSTEMD": SYSTEMD,
+            },
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
     output = shared / "output"
     if not output.exists():
         pytest.skip(f"no systemd can be started: {result.stderr}")
@@ -135,7 +141,7 @@ def run(script: str, place: Path, **files: str) -> list[str]:
 
 pytestmark = [
     as_root,
-    one_process("systemd"),  # each starts at the root of the control groups
+    one_process("systemd"),
     requires("systemd", SYSTEMD),
     requires("postfix", "/usr/sbin/smtp-sink"),
     requires("python3", "/usr/bin/python3"),
