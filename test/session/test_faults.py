@@ -272,8 +272,9 @@ class Scenario:
 
     @contextlib.contextmanager
     def busy(self, sessions: int) -> Iterator[None]:
-        """So many sessions do nothing but be there."""
+        """So many sessions do nothing but be there, and no thread waits for one."""
         threads = Path(f"/proc/{self.pid}/task")
+        assert poll(lambda: len(list(threads.iterdir())) == 1)
         with contextlib.ExitStack() as trials:
             for _ in range(sessions):
                 trial = Trial(Case(self.way, "limit", "", "", "", "", 0), self)

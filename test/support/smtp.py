@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Callable, Optional, Union
+from typing import Any, Callable, Optional, Union
 
 BLOCK = 1 << 18
 
@@ -456,17 +456,23 @@ def _connect(
     where: str | tuple[str, int], timeout: float, source: tuple[str, int] | None
 ) -> socket.socket:
     """Return a connection to the address, from the source address if one is given."""
-    if isinstance(where, str):
-        sock = socket.socket(socket.AF_UNIX)
+    address: Any = where
+    family = socket.AF_UNIX
+    if not isinstance(where, str):
+        (family, *_, address), *_ = socket.getaddrinfo(*where, type=socket.SOCK_STREAM)
+    sock = socket.socket(family)
+    try:
         sock.settimeout(timeout)
-        try:
-            sock.connect(where)
-        except OSError:
-            sock.close()
-            raise
-    else:
-        sock = socket.create_connection(where, timeout, source)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if source is not None:
+            # Else its port could not be listened on for a minute after the end.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(source)
+        sock.connect(address)
+        if family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    except OSError:
+        sock.close()
+        raise
     return sock
 
 
