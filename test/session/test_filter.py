@@ -48,7 +48,7 @@ from helpers import (
     status_of,
     verbs,
 )
-from smtp import Delay, RawClient, ScriptedServer
+from smtp import Delay, RawClient, Recorded, ScriptedServer
 
 
 def start_message(
@@ -1076,6 +1076,22 @@ def test_keep_alives_while_the_client_never_pauses(
         time.sleep(0.01)  # well below what counts as a pause
         assert time.monotonic() < deadline
     assert client.command(b".") == QUEUED
+
+
+def test_keep_alives_come_an_interval_after_the_last_answer(
+    make_server: MakeServer, proxsmtpd: StartDaemon
+) -> None:
+    """Else a server slower than KeepAlives would be asked without a pause."""
+    asked: list[float] = []
+
+    def answer(_connection: Recorded, _line: bytes) -> Delay:
+        asked.append(time.monotonic())
+        return Delay(1.5, b"250 alive\r\n")
+
+    server = make_server({"NOOP": answer})
+    settings = {"FilterCommand": "sleep 4; cat", "KeepAlives": 1}
+    assert deliver(proxsmtpd(settings, server=server)) == QUEUED
+    assert asked[1] - asked[0] >= 2.4
 
 
 def test_slow_answer_to_a_keep_alive_is_no_silence_of_the_filter(
