@@ -41,6 +41,7 @@ from helpers import (
     Daemon,
     MakeServer,
     StartDaemon,
+    deliver,
     long_message,
     marked_processes,
     poll,
@@ -448,6 +449,20 @@ def test_message_that_cannot_be_kept(
         verbs(server.connections[0])
         == (b"EHLO MAIL RCPT %s NOOP MAIL RCPT DATA" % first).split()
     )
+
+
+@pytest.mark.parametrize("settings", [{}, PASS], ids=["", "pass"])
+def test_output_that_cannot_be_kept(
+    settings: dict[str, str], proxsmtpd: StartDaemon, server: ScriptedServer
+) -> None:
+    """It is deferred: the filter has not failed, and its verdict is not known."""
+    command = "cat >/dev/null; head -c 2000000 /dev/zero"
+    daemon = proxsmtpd({"FilterCommand": command, **settings})
+    with gone(daemon):
+        assert deliver(daemon) == LOCAL_ERROR
+    daemon.wait_log("couldn't write to cache file: No such file or directory$")
+    assert status_of(daemon) == "FILTER-ERROR"
+    assert server.messages == []
 
 
 def test_message_outgrows_memory_where_it_cannot_be_kept(
