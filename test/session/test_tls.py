@@ -730,26 +730,32 @@ def test_client_that_ends_before_its_message_is_accepted(
     certificates: Certificates,
     proxsmtpd: StartDaemon,
     server: ScriptedServer,
+    tmp_path: Path,
 ) -> None:
     """With QUIT it still listens, and without it has gone; close_notify or not."""
-    daemon = proxsmtpd({**both_sides(certificates), "OutTls": "off"})
+    has_ended = tmp_path / "has-ended"
+    filter_command = f"cat; until test -e {has_ended}; do sleep 0.02; done"
+    settings = {**both_sides(certificates), "FilterCommand": filter_command}
+    daemon = proxsmtpd({**settings, "OutTls": "off"})
     for rest, count in ((b"QUIT\r\n", 1), (b"", 1)):
         client = daemon.connect()
         encrypted(client)
         client.envelope()
         client.expect(b"DATA", b"354")
-        sock = client.sock
-        assert isinstance(sock, ssl.SSLSocket)
-        sock.sendall(MESSAGE + b".\r\n" + rest)
+        client.send(MESSAGE + b".\r\n" + rest)
         if is_announced:
-            with contextlib.suppress(OSError):
-                sock.settimeout(5)
-                raw = sock.unwrap()
-                raw.close()
+            sock = client.sock
+            assert isinstance(sock, ssl.SSLSocket)
+            sock.setblocking(False)
+            with pytest.raises(ssl.SSLWantReadError):  # until the daemon's own
+                sock.unwrap()
         else:
-            socket.socket.shutdown(sock, socket.SHUT_WR)
+            client.half_close()
+        has_ended.touch()
         daemon.wait_log("CLIENT connection closed")
+        has_ended.unlink()
         daemon.forget_log()
+        client.close()
         assert len(server.messages) == count
 
 

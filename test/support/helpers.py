@@ -687,15 +687,29 @@ def some_user() -> pwd.struct_passwd:
     pytest.skip("no unprivileged user")
 
 
+_LOCKS: list[socket.socket] = []
+
+
+@functools.cache
 def idle_user() -> str:
-    """Return a user without processes, whom the system's limits hold for."""
+    """Return a user whom the system's limits hold for, and whom nobody else uses.
+
+    It is one of the users that any system has and no test names, and its name is locked
+    until this process ends: a limit on processes counts those of all its daemons.
+    """
     busy = set()
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(FileNotFoundError):  # It has ended meanwhile.
             busy.add(process.stat().st_uid)
-    idle = [entry.pw_name for entry in pwd.getpwall() if entry.pw_uid not in busy]
-    # Another run of these tests shall choose somebody else.
-    return idle[os.getpid() % len(idle)]
+    for entry in pwd.getpwall():
+        if 0 < entry.pw_uid < 100 and entry.pw_uid not in busy:
+            lock = socket.socket(socket.AF_UNIX)
+            with contextlib.suppress(OSError):  # Another run of these tests has it.
+                lock.bind(f"\0proxsmtpd-test-{entry.pw_name}")
+                _LOCKS.append(lock)
+                return entry.pw_name
+            lock.close()
+    raise AssertionError("each user of the system has processes")
 
 
 def fake_devices(place: Path, log: socket.socket) -> Path:
