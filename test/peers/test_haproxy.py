@@ -48,6 +48,7 @@ from helpers import (
     DaemonFactory,
     MakeFilter,
     MakeServer,
+    ShareDaemon,
     StartDaemon,
     is_listening,
     octetwise,
@@ -499,10 +500,17 @@ def ends_of(client: RawClient) -> Ends:
     return Ends(*client.sock.getsockname()[:2], *client.sock.getpeername()[:2])
 
 
+PROXIED = {
+    "ProxyProtocol": "on",
+    "XClient": "on",
+    "FilterCommand": TELL_CLIENT,
+    "Header": "X-Ends: %i %l",
+}
+
+
 def start_proxied(start: StartDaemon, **settings: object) -> Daemon:
     """Start a proxsmtpd that expects the header and passes the client's address on."""
-    common = {"ProxyProtocol": "on", "XClient": "on", "FilterCommand": TELL_CLIENT}
-    return start({**common, "Header": "X-Ends: %i %l", **settings})
+    return start({**PROXIED, **settings})
 
 
 def check_ends(daemon: Daemon, server: ScriptedServer, ends: Ends) -> None:
@@ -799,13 +807,10 @@ def check_closed(
     ("name", "is_split"),
     [*((name, False) for name in GOOD), *((name, True) for name in SOME)],
 )
-def test_good_header(
-    name: str, is_split: bool, make_server: MakeServer, proxsmtpd: StartDaemon
-) -> None:
+def test_good_header(name: str, is_split: bool, shared_daemon: ShareDaemon) -> None:
     """The header's addresses count, else the connection's; SMTP begins after it."""
     header, ends = GOOD[name]
-    server = make_server(extensions=[PROXY_XCLIENT])
-    daemon = start_proxied(proxsmtpd, OutAddress=server.address)
+    daemon, server = shared_daemon(PROXIED, {}, extensions=[PROXY_XCLIENT])
     client = connect(daemon)
     for piece in octetwise(header) if is_split else [header]:
         client.send(piece)

@@ -64,54 +64,30 @@ def start_message(
 
 # --- The verdict ---
 
+# Some rows of what test_filter_contract.py has: a filter's script, and the reply.
 REJECTING = {
     "silent": ("exit 1", b"550 Content Rejected\r\n"),
-    "only-blank-lines": (
-        r"printf '\n \t\n\r\n' >&2; exit 1",
-        b"550 Content Rejected\r\n",
-    ),
-    "text": ("echo No thanks >&2; exit 1", b"550 Content Rejected; No thanks\r\n"),
-    "text-without-newline": (
-        "printf 'No thanks' >&2; exit 3",
-        b"550 Content Rejected; No thanks\r\n",
-    ),
-    "last-line": (
-        r"printf 'first\n554 second\nthird\n' >&2; exit 1",
-        b"550 Content Rejected; third\r\n",
-    ),
     "last-line-not-blank": (
         r"printf 'first\r\n554 5.7.1 Spam\r\n\r\n  \n\n' >&2; exit 1",
         b"554 5.7.1 Spam\r\n",
     ),
-    "code-5xx": ("echo 554 5.7.1 Spam >&2; exit 1", b"554 5.7.1 Spam\r\n"),
     "code-4xx": ("echo 451 4.7.1 Later >&2; exit 1", b"451 4.7.1 Later\r\n"),
     "code-2xx": ("echo 250 2.0.0 Thanks >&2; exit 1", b"250 2.0.0 Thanks\r\n"),
-    "code-with-hyphen": ("echo 554-5.7.1 Spam >&2; exit 1", b"554 5.7.1 Spam\r\n"),
-    "code-3xx": ("echo 354 Go on >&2; exit 1", b"550 Content Rejected; 354 Go on\r\n"),
-    "code-1xx": ("echo 150 Hm >&2; exit 1", b"550 Content Rejected; 150 Hm\r\n"),
-    "code-6xx": ("echo 650 Hm >&2; exit 1", b"550 Content Rejected; 650 Hm\r\n"),
-    "no-code": (
-        "echo 5501 is old >&2; exit 1",
-        b"550 Content Rejected; 5501 is old\r\n",
-    ),
-    "code-126": ("echo 554 Spam >&2; exit 126", b"554 Spam\r\n"),
     "code-127": ("echo 554 Spam >&2; exit 127", b"554 Spam\r\n"),
     "control-characters": (
         r"printf '554 a\tb\001c\033[2Jd\177e\303\251f\rg\000h\n' >&2; exit 1",
         b"554 a?b?c?[2Jd?e??f?g?h\r\n",
     ),
-    "output-and-text": ("cat; echo 554 Spam >&2; exit 1", b"554 Spam\r\n"),
-    "highest-exit": ("echo Hm >&2; exit 255", b"550 Content Rejected; Hm\r\n"),
+    "output-and-text": (
+        "cat; echo No thanks >&2; exit 255",
+        b"550 Content Rejected; No thanks\r\n",
+    ),
 }
-
 FAILING = {
-    "exit-126": "echo something >&2; exit 126",
     "exit-127": "exit 127",
     "killed": "echo 554 Spam >&2; kill -KILL $$",
-    "terminated": "kill -TERM $$",
     "sysexits": "echo no daemon >&2; exit 69",
     "syntax": "cat; fi",
-    "quotation": "echo 'Hello",
     "empty-output": "cat > /dev/null",
     "closed-output": "exec >&-; cat > /dev/null",
 }
@@ -777,7 +753,7 @@ def test_file_unusable(name: str, by_file: StartDaemon, server: ScriptedServer) 
     assert verbs(server.connections[0])[-2:] == [b"RSET", b"QUIT"]
 
 
-@pytest.mark.parametrize("name", ["text", "silent", "code-2xx"])
+@pytest.mark.parametrize("name", ["last-line-not-blank", "silent", "code-2xx"])
 def test_file_rejected(name: str, by_file: StartDaemon, server: ScriptedServer) -> None:
     script, expected = REJECTING[name]
     assert deliver(by_file(script)) == expected

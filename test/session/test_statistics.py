@@ -369,19 +369,22 @@ IDS = {
 }
 
 
-@pytest.mark.parametrize("message", IDS, ids=range(len(IDS)))
 @pytest.mark.parametrize("command", ["", "cat"])
-def test_message_id(message: bytes, command: str, proxsmtpd: StartDaemon) -> None:
+def test_message_id(command: str, proxsmtpd: StartDaemon) -> None:
     """It cannot forge a field or a line, nor make one long."""
     daemon = proxsmtpd({"FilterCommand": command}, level=3)
     client = daemon.connect()
     client.start()
-    client.envelope(b"<a@b.example>", [b"<c@d.example>"])
-    client.expect(b"DATA", b"354")
-    for part in (message[:7], message[7:30], message[30:], b".\r\n"):
-        client.send(part)
-    assert client.reply() == QUEUED
-    assert details(daemon).get("message-id") == IDS[message]
+    ids = {}
+    for message in IDS:
+        client.envelope(b"<a@b.example>", [b"<c@d.example>"])
+        client.expect(b"DATA", b"354")
+        for part in (message[:7], message[7:30], message[30:], b".\r\n"):
+            client.send(part)
+        assert client.reply() == QUEUED
+        ids[message] = details(daemon).get("message-id")
+        daemon.forget_log()
+    assert ids == IDS
 
 
 # --- The signal ---

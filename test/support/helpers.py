@@ -554,10 +554,18 @@ class SharedDaemons:
         self._server: ScriptedServer | None = None
 
     def __call__(
-        self, settings: Settings, script: Mapping[str, Reply], *, level: int = 4
+        self,
+        settings: Settings,
+        script: Mapping[str, Reply],
+        *,
+        level: int = 4,
+        **options: Any,
     ) -> tuple[Daemon, ScriptedServer]:
-        """Return an idle daemon with an empty log, and a new server that it uses."""
-        self._server = ScriptedServer(script, port=port_of(self._holder))
+        """Return an idle daemon with an empty log, and a new server that it uses.
+
+        `options` are for the server.
+        """
+        self._server = ScriptedServer(script, port=port_of(self._holder), **options)
         key = settings_text(settings), level
         if key not in self._daemons:
             daemon = self._factory(settings, level=level, server=self._server)

@@ -202,9 +202,18 @@ def test_check_of_a_filter_in_the_callers_directory(
 NOT_EXECUTABLE = "FilterCommand's program is not executable: "
 
 
-@pytest.mark.parametrize("mode", [0o644, 0o755])
-@pytest.mark.parametrize("locale", ["C", "C.UTF-8", "en_US.ISO-8859-1"])
-@pytest.mark.parametrize("name", ["filter", "filtr\xe9", "\u0444"])
+@pytest.mark.parametrize(
+    ("name", "locale", "mode"),
+    [
+        ("filter", "C", 0o755),
+        ("filter", "C", 0o644),
+        ("filtr\xe9", "C", 0o755),
+        ("filtr\xe9", "C.UTF-8", 0o644),
+        ("filtr\xe9", "en_US.ISO-8859-1", 0o755),
+        ("\u0444", "C.UTF-8", 0o755),
+        ("\u0444", "en_US.ISO-8859-1", 0o644),
+    ],
+)
 def test_check_of_a_program_that_is_there(
     name: str, locale: str, mode: int, config: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -267,21 +276,29 @@ NO_LOOPS = {
 
 
 @pytest.mark.parametrize("how", [["-t"], ["-d", "0"]], ids=["t", "d"])
-@pytest.mark.parametrize(("listen", "out"), LOOPS.values(), ids=LOOPS)
+@pytest.mark.parametrize("name", ["a name", "a unix socket"])
 def test_own_listener_is_no_server(
-    listen: str, out: str, how: list[str], config: Callable[[str], Path]
+    name: str, how: list[str], config: Callable[[str], Path]
 ) -> None:
+    listen, out = LOOPS[name]
     result = run(*how, "-f", config(f"Listen: {listen}\nOutAddress: {out}\n"))
     assert (result.returncode, result.stdout) == (2, "")
     assert OWN_LISTENER in result.stderr
 
 
-@pytest.mark.parametrize(("listen", "out"), NO_LOOPS.values(), ids=NO_LOOPS)
-def test_other_server_is_one(listen: str, out: str) -> None:
+@pytest.mark.parametrize(
+    ("listen", "out", "is_loop"),
+    [
+        *((*addresses, True) for addresses in LOOPS.values()),
+        *((*addresses, False) for addresses in NO_LOOPS.values()),
+    ],
+    ids=[*LOOPS, *NO_LOOPS],
+)
+def test_loops(listen: str, out: str, *, is_loop: bool) -> None:
     text = f"Listen: {listen}\nOutAddress: {out}\n"
     config, errors = module.parse_config(text.encode(), "conf")
     assert errors == []
-    assert not module.is_loop(config)
+    assert module.is_loop(config) == is_loop
 
 
 def test_loop_at_run_time(proxsmtpd: StartDaemon) -> None:

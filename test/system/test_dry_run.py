@@ -310,8 +310,9 @@ passed   message-2: FILTERED, +1 -1 lines, N s
     assert (result.exit_status, result.errors) == (0, "")
 
 
+PASSES = "sed s/Hello/Goodbye/"
 LINES = {
-    "sed s/Hello/Goodbye/": "passed   message-1: FILTERED, +1 -1 lines, N s",
+    PASSES: "passed   message-1: FILTERED, +1 -1 lines, N s",
     "echo Note >&2; cat": "passed   message-1: FILTERED, unchanged, N s",
     "echo 250 2.0.0 Ok >&2; exit 1": "dropped  message-1: 250 2.0.0 Ok, N s",
     "(echo No; echo 554 Spam) >&2; exit 1": "refused  message-1: 554 Spam, N s",
@@ -327,8 +328,13 @@ LINES = {
 }
 
 
-@pytest.mark.parametrize("command", LINES)
-@pytest.mark.parametrize("level", [None, 0, 1, 2])
+@pytest.mark.parametrize(
+    ("command", "level"),
+    [
+        *((command, None) for command in LINES),
+        *((command, level) for level in (0, 1, 2) for command in ("exit 1", PASSES)),
+    ],
+)
 def test_a_line_for_each_message(
     command: str, level: int | None, dry_run: StartDryRun
 ) -> None:

@@ -57,10 +57,11 @@ class Pace:
     starts: int  # starts that are timed
     idle: tuple[int, ...]  # numbers of idle connections, rising
     visits: int  # new connections made beside the idle ones
+    handshakes: int  # seconds of a round of them
 
 
-FULL = Pace(5, 0.7, 3.5, 20, (0, 500, 1000, 2000), 1000)
-QUICK = Pace(1, 0.15, 2.0, 3, (0, 50, 100), 100)
+FULL = Pace(5, 0.7, 3.5, 20, (0, 500, 1000, 2000), 1000, 2)
+QUICK = Pace(1, 0.15, 2.0, 3, (0, 50, 100), 100, 1)
 
 VISITS_A_SECOND = 200
 SLOW_CLIENTS = 50

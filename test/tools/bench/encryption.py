@@ -28,7 +28,6 @@ TIMEOUT = 15.0  # seconds for whatever is waited for
 SMALL, LARGE = 1_000, 20_000_000  # octets of a message
 SESSIONS = 5  # one after the other, for each start that other probes time
 HAND_SHAKERS = 3  # programs that make handshakes at a time
-SECONDS = 2  # in which they do; s_time ends when that number of them has begun
 
 LISTEN = {"ListenTls": "may", "ListenCertificate": "certificate", "ListenKey": "key"}
 OUT = {"OutTls": "require"}
@@ -116,7 +115,7 @@ def encryption(site: Site, start: Start, pace: Pace) -> Encryption:
                 side.large.append(timed(daemons[name], clients[name], LARGE))
         settings = settings_of(site, {**LISTEN, "ListenTls": "implicit"})
         daemon = stack.enter_context(start(sink, settings, CONNECTIONS))
-        found.handshakes, found.handshake_cpu = shake_hands(daemon, pace.rounds)
+        found.handshakes, found.handshake_cpu = shake_hands(daemon, pace)
     return found
 
 
@@ -179,22 +178,25 @@ def idle(daemon: Daemon, client: Client, count: int) -> Optional[float]:
 # --- Handshakes ---------------------------------------------------------------
 
 
-def shake_hands(daemon: Daemon, rounds: int) -> tuple[float, float]:
+def shake_hands(daemon: Daemon, pace: Pace) -> tuple[float, float]:
     """Full handshakes a second, and processor seconds of ours for each."""
     before, made, rates = daemon.cpu(), 0, []
-    for _ in range(rounds):
+    for _ in range(pace.rounds):
         began = time.monotonic()
-        count = shake_hands_once(daemon.port)
+        count = shake_hands_once(daemon.port, pace.handshakes)
         rates.append(count / (time.monotonic() - began))
         made += count
     daemon.settle()
     return statistics.median(rates), (daemon.cpu() - before).own / max(made, 1)
 
 
-def shake_hands_once(port: int) -> int:
-    """How many handshakes some clients make in their time."""
+def shake_hands_once(port: int, seconds: int) -> int:
+    """How many handshakes some clients make in that time.
+
+    s_time ends when that number of seconds has begun.
+    """
     command = [
-        *(find("openssl") or "openssl", "s_time", "-new", "-time", str(SECONDS)),
+        *(find("openssl") or "openssl", "s_time", "-new", "-time", str(seconds)),
         *("-connect", f"{HOST}:{port}"),
     ]
     clients: list[subprocess.Popen[str]] = []
