@@ -47,7 +47,6 @@ from __future__ import annotations
 
 import _thread
 import contextlib
-import copy
 import errno
 import fcntl
 import functools
@@ -72,7 +71,6 @@ import sys
 import syslog
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from enum import Enum, auto
@@ -4472,9 +4470,9 @@ class Shared:
 
     def with_config(self, config: Config, descriptor_limit: int) -> Shared:
         """Return the same for sessions with other settings."""
-        other = copy.copy(self)
-        other.config = config
-        other.descriptor_limit = descriptor_limit
+        changed = {"config": config, "descriptor_limit": descriptor_limit}
+        other = Shared.__new__(Shared)
+        vars(other).update({**vars(self), **changed})
         return other
 
 
@@ -5854,8 +5852,7 @@ class Listener(socketserver.ThreadingTCPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
         """Refuse a client whose session failed by a fault of ours."""
         self._refuse(request, NO_RESOURCES)
-        for line in traceback.format_exc().splitlines():
-            self._log.error(f"session failed: {shown(line)}")
+        log_fault(self._log, "session", *sys.exc_info())
 
     def shutdown_request(self, request: Any) -> None:
         """Close a connection; a session has done all that comes before."""
@@ -6132,7 +6129,7 @@ class Supervisor:
         finally:
             try:
                 if status:
-                    log_fault(self._log, *sys.exc_info())
+                    log_fault(self._log, "daemon", *sys.exc_info())
             finally:
                 os._exit(status)
 
@@ -7618,7 +7615,7 @@ class Daemon:
             except KeyboardInterrupt:
                 # The parent of a daemon has not reported success yet.
                 return 1 if self._is_detached else 0
-            sys.excepthook = functools.partial(log_fault, self.log)
+            sys.excepthook = functools.partial(log_fault, self.log, "daemon")
             if supervisor is None:
                 serve_alone(self)
             else:
@@ -7754,12 +7751,21 @@ def end_at_once(
 
 
 def log_fault(
-    log: Log, kind: type[BaseException], fault: BaseException, where: Any
+    log: Log,
+    what: str,
+    kind: type[BaseException],
+    fault: BaseException,
+    where: Any,
 ) -> None:
-    """Log the traceback of a fault that ends the daemon (`sys.excepthook`)."""
-    for text in traceback.format_exception(kind, fault, where):
-        for line in text.splitlines():
-            log.error(f"daemon failed: {shown(line)}")
+    """Log that this has failed, and the traceback (`sys.excepthook`)."""
+    try:
+        import traceback  # only a fault needs it
+
+        texts = traceback.format_exception(kind, fault, where)
+    except (ImportError, OSError, MemoryError):
+        texts = [f"{kind.__name__}: {fault}"]
+    for line in "".join(texts).splitlines():
+        log.error(f"{what} failed: {shown(line)}")
 
 
 _ENDING = (signal.SIGTERM, signal.SIGINT)

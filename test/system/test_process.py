@@ -423,6 +423,17 @@ def test_linger_is_bounded() -> None:
 # --- What else the system may say ---
 
 
+def test_fault_whose_traceback_cannot_be_had(
+    log_lines: LogLines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the system has no descriptor left, or another version of Python."""
+    monkeypatch.setitem(sys.modules, "traceback", None)
+    with pytest.raises(FileNotFoundError) as fault:
+        os.stat("/nowhere")
+    program.log_fault(log_lines.log, "session", fault.type, fault.value, fault.tb)
+    assert log_lines == [f"session failed: FileNotFoundError: {fault.value}"]
+
+
 def test_file_that_cannot_be_removed(
     log_lines: LogLines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
