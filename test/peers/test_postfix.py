@@ -258,27 +258,29 @@ ODD_HEADERS = {
 
 
 @pytest.mark.parametrize("field", ["X-By", "Received"])
-@pytest.mark.parametrize("message", ODD_HEADERS.values(), ids=ODD_HEADERS.keys())
 def test_header_where_postfix_has_the_section(
-    loop: Loop, proxsmtpd: StartDaemon, message: bytes, field: str
+    loop: Loop, proxsmtpd: StartDaemon, field: str
 ) -> None:
     """The field becomes part of the header section, and nothing else changes."""
     daemon = proxsmtpd({**loop.settings("cat"), "Header": f"{field}: by me"})
-    mails = []
-    for port in (loop.reentry, loop.filter_port):
-        with smtplib.SMTP("127.0.0.1", port, "client.example", timeout=20) as client:
-            client.sendmail(SENDER, RECIPIENT, message)
-        mails += loop.postfix.wait_mails(1)
-        loop.postfix.wait_idle()
-        loop.postfix.clear()
-    direct, relayed = mails
-    assert daemon.wait_log("status=FILTERED")
-    assert relayed.body == direct.body
-    for name in ("Subject", "X-A", "Reply-To", "X-Mailbox-Line"):
-        assert relayed.header(name) == direct.header(name)
-    section = relayed.content.partition(b"\n\n")[0].decode("latin-1").split("\n")
-    assert section.count(f"{field}: by me") == 1
-    assert f"{field}: by me" not in direct.content.decode("latin-1")
+    for what, message in ODD_HEADERS.items():
+        mails = []
+        for port in (loop.reentry, loop.filter_port):
+            with smtplib.SMTP(
+                "127.0.0.1", port, "client.example", timeout=20
+            ) as client:
+                client.sendmail(SENDER, RECIPIENT, message)
+            mails += loop.postfix.wait_mails(1)
+            loop.postfix.wait_idle()
+            loop.postfix.clear()
+        direct, relayed = mails
+        assert relayed.body == direct.body, what
+        for name in ("Subject", "X-A", "Reply-To", "X-Mailbox-Line"):
+            assert relayed.header(name) == direct.header(name), what
+        section = relayed.content.partition(b"\n\n")[0].decode("latin-1").split("\n")
+        assert section.count(f"{field}: by me") == 1, what
+        assert f"{field}: by me" not in direct.content.decode("latin-1"), what
+    assert daemon.log().count("status=FILTERED") == len(ODD_HEADERS)
 
 
 def test_filter_that_adds_crs(loop: Loop, proxsmtpd: StartDaemon) -> None:

@@ -12,12 +12,11 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import pytest
 
-from comparison import SIDES, Dialogue, run_dialogue
+from comparison import SIDES, Dialogue, Programs
 from helpers import ORIGINAL, program_under_test, requires
 from smtp import Close, Reply, Reset
 
@@ -666,11 +665,18 @@ def listed(dialogue: str, side: str) -> list[str]:
     return removed + [f"{side} +{line}" for row in rows for line in row.ours]
 
 
+@pytest.fixture(scope="module")
+def programs() -> Iterator[tuple[Programs, Programs]]:
+    """Provide the original, and ours."""
+    ours = Programs(program_under_test(), is_shared=True)
+    yield Programs([ORIGINAL], is_shared=False), ours
+    assert ours.finish() == []
+
+
 @pytest.mark.parametrize("dialogue", DIALOGUES, ids=[d.name for d in DIALOGUES])
-def test_dialogue(dialogue: Dialogue) -> None:
+def test_dialogue(dialogue: Dialogue, programs: tuple[Programs, Programs]) -> None:
     with ThreadPoolExecutor() as pool:  # at once: the original mostly waits
-        programs = [ORIGINAL], program_under_test()
-        original, ours = pool.map(partial(run_dialogue, dialogue), programs)
+        original, ours = pool.map(lambda each: each.run(dialogue), programs)
     found, expected = "", ""
     for side in SIDES:
         lines = change(side, getattr(original, side), getattr(ours, side))

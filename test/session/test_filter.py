@@ -94,16 +94,19 @@ FAILING = {
 
 
 @on_other_systems_too
-@pytest.mark.parametrize("name", REJECTING)
 def test_rejected(
-    name: str, proxsmtpd: StartDaemon, server: ScriptedServer, filter_script: MakeFilter
+    proxsmtpd: StartDaemon, server: ScriptedServer, tmp_path: Path
 ) -> None:
-    script, expected = REJECTING[name]
-    daemon = proxsmtpd({"FilterCommand": filter_script(script)})
-    client = daemon.connect()
-    assert client.message(MESSAGE) == expected
-    client.quit()
-    assert verbs(server.connections[0]) == [b"EHLO", b"MAIL", b"RCPT", b"RSET", b"QUIT"]
+    for name, (script, _) in REJECTING.items():
+        (tmp_path / name).write_text(script)
+    daemon = proxsmtpd({"FilterCommand": f'sh {tmp_path}/"${{SENDER%@*}}"'})
+    for name, (_, expected) in REJECTING.items():
+        client = daemon.connect()
+        client.start(b"<%s@example.com>" % name.encode())
+        assert client.message(MESSAGE) == expected, name
+        client.quit()
+        received = verbs(server.connections[-1])
+        assert received == [b"EHLO", b"MAIL", b"RCPT", b"RSET", b"QUIT"], name
     assert server.messages == []
 
 
@@ -975,12 +978,13 @@ HEADERS = {
 }
 
 
-@pytest.mark.parametrize("name", HEADERS)
-def test_header(name: str, proxsmtpd: StartDaemon, server: ScriptedServer) -> None:
-    template, sent, relayed = HEADERS[name]
+@pytest.mark.parametrize("template", sorted({row[0] for row in HEADERS.values()}))
+def test_header(template: str, proxsmtpd: StartDaemon, server: ScriptedServer) -> None:
     daemon = proxsmtpd(f"FilterCommand: cat\nHeader: {template}\n")
-    assert deliver(daemon, sent) == QUEUED
-    assert server.wait_message().data == relayed
+    rows = {name: row[1:] for name, row in HEADERS.items() if row[0] == template}
+    for count, (name, (sent, relayed)) in enumerate(rows.items(), 1):
+        assert deliver(daemon, sent) == QUEUED, name
+        assert server.wait_message(count).data == relayed, name
 
 
 def test_header_with_file(by_file: StartDaemon, server: ScriptedServer) -> None:

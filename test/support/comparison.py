@@ -20,6 +20,7 @@ from helpers import (
     NETWORK,
     Daemon,
     Settings,
+    poll,
     port_of,
     reserve_port,
     settings_text,
@@ -87,65 +88,105 @@ class Account:
     faults: tuple[str, ...]
 
 
-def run_dialogue(dialogue: Dialogue, command: Sequence[str]) -> Account:
-    """Start the program that `command` names, have the dialogue with it, end it."""
-    place = Path(tempfile.mkdtemp(prefix="differential-"))
-    try:
+class Programs:
+    """One program's daemons; with `is_shared`, one for all dialogues of its settings.
+
+    Who shares one must see it idle between two dialogues, so that its log is whole; of
+    the original that cannot be said.
+    """
+
+    def __init__(self, command: Sequence[str], *, is_shared: bool) -> None:
+        self._command, self._is_shared = command, is_shared
+        self._sites: dict[object, Site] = {}
+
+    def run(self, dialogue: Dialogue) -> Account:
+        """Have the dialogue with a daemon, new or idle."""
+        key = settings_text(dialogue.settings), bool(dialogue.program)
+        site = self._sites.pop(key, None) or Site(self._command, dialogue)
+        account = site.run(dialogue, ends=not self._is_shared)
+        if self._is_shared and not account.faults:
+            self._sites[key] = site
+        return account
+
+    def finish(self) -> list[str]:
+        """End all daemons; returns what was wrong with them."""
+        return [fault for site in self._sites.values() for fault in site.finish()]
+
+
+class Site:
+    """A daemon, and the port of its servers, which come one after the other."""
+
+    def __init__(self, command: Sequence[str], dialogue: Dialogue) -> None:
+        self._place = Path(tempfile.mkdtemp(prefix="differential-"))
+        self._holders = reserve_port(HOST), reserve_port(SERVER_HOST)
+        ours, server = map(port_of, self._holders)
+        (self._place / "temp").mkdir()
+        defaults: dict[str, object] = {
+            "Listen": f"{HOST}:{ours}",
+            "OutAddress": f"{SERVER_HOST}:{server}",
+            "TempDirectory": self._place / "temp",
+            "TimeOut": TIME_OUT,
+        }
+        if dialogue.program:
+            self._write_filter(dialogue)  # is looked for at the start
+            defaults["FilterCommand"] = self._place / "filter"
+        config = self._place / "proxsmtpd.conf"
+        write_config(config, settings_text(dialogue.settings), **defaults)
+        self._daemon = Daemon(
+            [*command, "-d", "3", "-f", str(config)],
+            config,
+            str(defaults["Listen"]),
+            self._place / "temp",
+            {"PATH": "/usr/bin:/bin", "LC_ALL": "C"},
+        )
+        self._daemon.wait_listening()
+        self._idle = self._daemon.resources()
+        self._first_lines = self._daemon.log()
+
+    def run(self, dialogue: Dialogue, *, ends: bool) -> Account:
+        """Have the dialogue, and end the daemon (or see that it is idle again)."""
+        if dialogue.program:
+            self._write_filter(dialogue)
+        faults: list[str] = []
         with ScriptedServer(
             dialogue.script,
             greeting=dialogue.greeting,
             extensions=dialogue.extensions,
             host=SERVER_HOST,
+            port=port_of(self._holders[1]),
         ) as server:
-            return _run_dialogue(dialogue, command, place, server)
-    finally:
-        shutil.rmtree(place)
+            try:
+                self._daemon.forget_log()
+                received = converse(self._daemon.port, dialogue.turns)
+                _wait_closed(server)
+                if not ends and not poll(self._is_idle):
+                    faults.append("it is not idle")
+            finally:
+                if ends or faults:
+                    faults += self.finish()
+        log = self._first_lines + self._daemon.log()
+        return Account(
+            client=tuple(received),
+            server=tuple(constant(server_lines(server), self._place)),
+            log=tuple(constant(log_lines(log), self._place)),
+            faults=tuple(faults),
+        )
 
+    def _write_filter(self, dialogue: Dialogue) -> None:
+        path = self._place / "filter"
+        path.write_text(f"#!/bin/sh\n{dialogue.program}\n")
+        path.chmod(0o755)
 
-def _run_dialogue(
-    dialogue: Dialogue, command: Sequence[str], place: Path, server: ScriptedServer
-) -> Account:
-    with reserve_port(HOST) as holder:
-        daemon = _start(dialogue, command, place, server, port_of(holder))
-        try:
-            daemon.wait_listening()
-            received = converse(daemon.port, dialogue.turns)
-            _wait_closed(server)
-        finally:
-            faults = daemon.finish()
-    return Account(
-        client=tuple(received),
-        server=tuple(constant(server_lines(server), place)),
-        log=tuple(constant(log_lines(daemon.log()), place)),
-        faults=tuple(faults),
-    )
+    def _is_idle(self) -> bool:
+        return self._daemon.resources() == self._idle
 
-
-def _start(
-    dialogue: Dialogue,
-    command: Sequence[str],
-    place: Path,
-    server: ScriptedServer,
-    port: int,
-) -> Daemon:
-    (place / "temp").mkdir()
-    defaults: dict[str, object] = {
-        "Listen": f"{HOST}:{port}",
-        "OutAddress": server.address,
-        "TempDirectory": place / "temp",
-        "TimeOut": TIME_OUT,
-    }
-    if dialogue.program:
-        filter_program = place / "filter"
-        filter_program.write_text(f"#!/bin/sh\n{dialogue.program}\n")
-        filter_program.chmod(0o755)
-        defaults["FilterCommand"] = filter_program
-    config = place / "proxsmtpd.conf"
-    write_config(config, settings_text(dialogue.settings), **defaults)
-    whole = [*command, "-d", "3", "-f", str(config)]
-    environment = {"PATH": "/usr/bin:/bin", "LC_ALL": "C"}
-    address = str(defaults["Listen"])
-    return Daemon(whole, config, address, place / "temp", environment)
+    def finish(self) -> list[str]:
+        """End the daemon; returns what was wrong with it."""
+        faults = self._daemon.finish()
+        for holder in self._holders:
+            holder.close()
+        shutil.rmtree(self._place)
+        return faults
 
 
 def _wait_closed(server: ScriptedServer) -> None:
