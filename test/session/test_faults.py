@@ -31,7 +31,6 @@ import pytest
 import fault_table
 from fault_table import Case
 from helpers import (
-    MARKER,
     MEGABYTE,
     NETWORK,
     PATIENCE,
@@ -40,6 +39,7 @@ from helpers import (
     children,
     idle_user,
     in_clear_and_in_tls,
+    marked_processes,
     open_files,
     poll,
     port_of,
@@ -291,14 +291,8 @@ class Scenario:
 
     def processes_of(self, host: str) -> list[str]:
         """Return the names of the processes of this address' filters that live."""
-        wanted = {f"{MARKER}={self.daemon.mark}".encode(), f"CLIENT={host}".encode()}
-        found = []
-        for pid in processes().difference(self._others):
-            process = Path("/proc", pid)
-            with contextlib.suppress(OSError):  # It has ended meanwhile.
-                if wanted <= set((process / "environ").read_bytes().split(b"\0")):
-                    found.append((process / "comm").read_text().strip())
-        return found
+        mark = self.daemon.mark
+        return list(marked_processes(mark, self._others, f"CLIENT={host}").values())
 
 
 def virtual_memory(pid: int) -> int:

@@ -175,17 +175,20 @@ def processes() -> set[str]:
     return set(filter(str.isdigit, os.listdir("/proc")))  # Path.glob is slow here
 
 
-def marked_processes(mark: str, others: Collection[str] = ()) -> dict[int, str]:
+def marked_processes(
+    mark: str, others: Collection[str] = (), variable: str = ""
+) -> dict[int, str]:
     """Return the live processes that have the mark, with their names.
 
-    It costs 10 us to look at one, so `others` are those that cannot have it.
+    They must have this `variable` (NAME=VALUE) of the environment as well.  It costs
+    10 us to look at one, so `others` are those that cannot have it.
     """
     found = {}
-    wanted = f"{MARKER}={mark}".encode()
+    wanted = {f"{MARKER}={mark}".encode(), variable.encode()}
     for pid in processes().difference(others):
         try:
             with open(f"/proc/{pid}/environ", "rb") as environ:
-                if wanted in environ.read().split(b"\0"):
+                if wanted <= {b"", *environ.read().split(b"\0")}:
                     found[int(pid)] = Path(f"/proc/{pid}/comm").read_text().strip()
         except OSError:
             continue  # It has ended meanwhile, or is not ours.
