@@ -705,13 +705,14 @@ _LOCKS: list[socket.socket] = []
 def idle_user() -> str:
     """Return a user whom the system's limits hold for, and whom nobody else uses.
 
-    It is one of the users that any system has and no test names, and its name is locked
-    until this process ends: a limit on processes counts those of all its daemons.
+    It is one of those that any system has, though not `some_user`, and its name is
+    locked until this process ends: a limit on processes counts those of all daemons.
     """
     busy = set()
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(FileNotFoundError):  # It has ended meanwhile.
             busy.add(process.stat().st_uid)
+    busy.add(some_user().pw_uid)
     for entry in pwd.getpwall():
         if 0 < entry.pw_uid < 100 and entry.pw_uid not in busy:
             lock = socket.socket(socket.AF_UNIX)
