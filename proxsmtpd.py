@@ -13,8 +13,9 @@ One message.  A client connects to the `Listener`; its connection gets a thread 
 the server's whole reply to the client, then the next command.  For DATA it makes a
 `Transaction`: the mail data goes into a `Spool`, a `FilterRun` runs the filter on it,
 and its exit decides.  The server gets DATA and the filtered message only if the filter
-agrees, and the client gets 250 only if the server has accepted.  Without a filter the
-mail data streams through in large blocks.
+agrees, and the client gets 250 only if the server has accepted (or the filter, by a
+2xx reply, has dropped the message).  Without a filter the mail data streams through in
+large blocks.
 
 Processes.  `Daemon` starts: it binds, writes the pid file, drops privileges.  Then it
 serves alone, or a `Supervisor` forks workers that share its listening socket, each for
@@ -1866,8 +1867,9 @@ def is_shell_failure(exit_status: int, last_line: bytes) -> bool:
 def judge(
     exit_status: int, last_line: bytes, *, only_coded: bool = False
 ) -> Optional[Reply]:
-    """Return the verdict of a filter: the reply that refuses the message, or None.
+    """Return the verdict of a filter: the reply that ends the message here, or None.
 
+    A 2xx reply drops the message; with None it goes on.
     `exit_status` is negative for the signal that killed it.  Octets of the last line
     that are not printable ASCII become question marks.  Raises `FilterFailure` if the
     exit is no verdict; with `only_coded` that is any exit but 0 without a code.
@@ -3172,7 +3174,7 @@ class ServerChannel(Channel):
 
     @property
     def has_buffered_reply(self) -> bool:
-        """Whether the server has sent more than the replies to our commands."""
+        """Whether octets are here of an unsolicited reply, or of the one being read."""
         return bool(self._replies)
 
     def has_spoken(self) -> bool:
@@ -3670,9 +3672,9 @@ class GroupWatch:
             return self._looked < since or group in self._live
 
 
-# What starts a program: its name, arguments and environment, and the descriptors
-# that become its 0, 1 and 2; in a process group of its own, no signal blocked or
-# ignored.  Returns the process id; raises OSError if it cannot be executed.
+# A function that starts a program, given its name, arguments, environment, and the
+# descriptors that become its 0, 1 and 2; in a process group of its own, no signal
+# blocked or ignored.  Returns the process id; raises OSError if it cannot be executed.
 Spawn = Callable[[bytes, Sequence[bytes], Mapping[bytes, bytes], Sequence[int]], int]
 
 _DEFAULT_SIGNALS = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
@@ -3814,7 +3816,7 @@ class FilterRun:
         self._poller = select.poll()
         self._open: dict[int, None] = {}  # our descriptors, by these names
         self._input = self._output = self._error = self._end = -1
-        self._given = 0  # octets of `source` that the filter has taken
+        self.given = 0  # octets of `source` that the filter has taken
         self.standard_error = Excerpt()
         self._last_line = LastLine()
         self._timeout = 0.0  # seconds between signs of life
@@ -4004,18 +4006,18 @@ class FilterRun:
         """Write to standard input what fits; return whether anything did."""
         assert self._source is not None
         try:
-            octets = self._source.read(self._given, PIPE_BLOCK)
+            octets = self._source.read(self.given, PIPE_BLOCK)
         except OSError as error:
             raise SpoolFailure(f"error reading cache file: {reason(error)}") from error
         try:
-            self._given += os.write(self._input, octets)
+            self.given += os.write(self._input, octets)
         except BlockingIOError:
             return False
         except BrokenPipeError:
             self._log.debug("filter command closed input early")
             self._close(self._input)
             return False
-        if self._given == self._source.size:
+        if self.given == self._source.size:
             self._close(self._input)
         return True
 
@@ -4469,10 +4471,10 @@ class Shared:
         self.shutdown = Shutdown()
 
     def with_config(self, config: Config, descriptor_limit: int) -> Shared:
-        """Return the same for sessions with other settings."""
-        changed = {"config": config, "descriptor_limit": descriptor_limit}
+        """Return it for later sessions: other settings, and all else in common."""
         other = Shared.__new__(Shared)
-        vars(other).update({**vars(self), **changed})
+        vars(other).update(vars(self))
+        other.config, other.descriptor_limit = config, descriptor_limit
         return other
 
 
@@ -4499,8 +4501,6 @@ class Transaction:
     A dry run calls `receive` and `run_filter` only, and has no session.
     """
 
-    _session: Session
-
     def __init__(
         self, shared: Shared, log: Log, variables: Mapping[bytes, Optional[bytes]]
     ) -> None:
@@ -4510,8 +4510,12 @@ class Transaction:
         self._log = log
         self._variables = variables
         self._begun = time.monotonic()
+        self._session: Session  # from `run` on, as the next one
+        self._keep_alive = KeepAlive(0)
         # The mail data as it comes in.
-        self._is_invited = False  # the client, by 354
+        self._is_streamed = False  # to the server as it comes in: no filter runs
+        self._adds_header = True
+        self._is_invited = False  # the client has got 354
         self._reader = MailDataReader()
         self._start = b""  # of the message, for its Message-ID
         self._watches_server = True  # while the client sends
@@ -4519,7 +4523,8 @@ class Transaction:
         self.size = 0  # of the message, in octets
         # The message in memory or on disk.
         self._spools = contextlib.ExitStack()
-        self.original: Spool  # as the client sent it, until the filter runs
+        # As the client sent it; the filter changes it if that is the file, too.
+        self.original: Spool
         self._file: Optional[NamedSpool] = None  # with FilterType: file
         # With FilterMode: observe, why the filter's file could not be written.
         self._file_failure: Optional[SpoolFailure] = None
@@ -4535,9 +4540,8 @@ class Transaction:
         self.reply: Optional[Reply] = None  # for the client; None: the server decides
         self.status = ""  # for the log
         self._is_open = True  # the mail transaction at the server
-        self._server_reply: Optional[Reply] = None  # to DATA, or to the mail data
-        self._server_seconds = 0.0  # from the end of the mail data to that
-        self._keep_alive = KeepAlive(0)
+        self._server_reply: Optional[Reply] = None  # to the mail data, or no to DATA
+        self._server_seconds = 0.0  # from the end of the mail data to the reply
 
     def close(self) -> None:
         """Remove what is left of the message.
@@ -4549,20 +4553,27 @@ class Transaction:
         except OSError as error:
             self._log.error(f"couldn't remove cache file: {reason(error)}")
 
-    def run(self, session: Session, envelope: Envelope, unfiltered: str = "") -> None:
+    def run(
+        self, session: Session, envelope: Envelope, unfiltered_status: Optional[str]
+    ) -> None:
         """Relay the message of a session, answer the client, log the message.
 
-        `unfiltered` is the status of a message that no filter runs for.  Raises
+        `unfiltered_status` is the status of a message that no filter runs for.  Raises
         `Hangup` if the session has to end; then the client has been answered, too.
         """
         self._session = session
+        if unfiltered_status is not None:
+            self._is_streamed, self.status = True, unfiltered_status
+            self._adds_header = unfiltered_status != Status.SKIPPED
         self._keep_alive = KeepAlive(self._config.keep_alives)
+        statistics = self._shared.statistics
         try:
             with contextlib.closing(self):
-                reply = self._deliver(unfiltered)
+                reply = self._deliver()
         except Hangup as hangup:
             if hangup.reply is not None:
-                self._shared.statistics.note_message(hangup.reply.text, self.size)
+                times = self.filter_seconds, self._server_seconds
+                statistics.note_message(hangup.reply.text, self.size, *times)
             session.say_last_word(hangup)
             if hangup.reply is not None:
                 self._log_message(envelope, hangup.reply.text)
@@ -4570,7 +4581,7 @@ class Transaction:
                 self._log.warning("unexpected end of data from client")
             raise
         times = self.filter_seconds, self._server_seconds
-        self._shared.statistics.note_message(self.status, self.size, *times)
+        statistics.note_message(self.status, self.size, *times)
         try:
             # Answer before logging: the log may block, and a client that gives up
             # meanwhile would send an accepted message again.
@@ -4581,16 +4592,14 @@ class Transaction:
         if self._is_open and reply.code != 421:
             self._reset_server()
 
-    def _deliver(self, unfiltered: str) -> Reply:
+    def _deliver(self) -> Reply:
         """Take the message to the server, if the filter agrees; return the reply."""
         try:
-            if unfiltered:
-                self.status = unfiltered
-            else:
+            if not self._is_streamed:
                 self._invite(START_INPUT)
                 self.receive(self._incoming())
                 self.run_filter()
-            return self.reply or self._send(is_stream=bool(unfiltered))
+            return self.reply or self._send()
         except (Refusal, FilterFailure, ServerLost) as failure:
             # The client is answered when it has sent all of its data.
             if self._is_invited and not self._reader.ended:
@@ -4598,7 +4607,7 @@ class Transaction:
             if isinstance(failure, ServerLost):
                 raise
             if isinstance(failure, Refusal):
-                if unfiltered:  # the server has a part, and must not take it as whole
+                if self._is_streamed:  # the server must not take a part as the whole
                     raise Hangup("message is too large", failure.reply) from failure
                 self.status = failure.reply.text
             else:
@@ -4623,8 +4632,9 @@ class Transaction:
             fields.append(f"remote={loggable_address(envelope.remote)}")
         if self.filter_seconds:
             fields.append(f"filter={self.filter_seconds:.3f}")
-        if self._server_reply is not None:
+        if self._server_seconds:
             fields.append(f"server={self._server_seconds:.3f}")
+        if self._server_reply is not None:
             fields.append(f"reply={self._server_reply.text}")
         self._log.info(", ".join(fields))
         if self._log.is_debug:
@@ -4789,7 +4799,7 @@ class Transaction:
             raise FilterFailure("the daemon ends")
         if self._file is None:
             read = self.message.size
-            self._log.debug(f"wrote {self.size} bytes to filter, read {read} bytes")
+            self._log.debug(f"wrote {run.given} bytes to filter, read {read} bytes")
         elif refusal is None:
             self._file.reopen()
         if refusal is None and self.size and not self.message.size:
@@ -4799,9 +4809,9 @@ class Transaction:
         self.status = refusal.text if refusal is not None else Status.FILTERED
 
     def _settle_failure(self, failure: FilterFailure) -> None:
-        """Decide what a failure of the filter means (FilterFailure)."""
+        """Decide, by the setting FilterFailure, whether the message goes on."""
         self.has_failed = True
-        # A filter that was told to end, by systemd or by us, must not let mail pass.
+        # A filter that systemd or we have signalled to end must not let mail pass.
         if (
             self._config.passes_failures
             and not isinstance(failure, SpoolFailure)
@@ -4813,36 +4823,35 @@ class Transaction:
             self.reply, self.status = LOCAL_ERROR, Status.FILTER_ERROR
 
     def _is_ending(self) -> bool:
-        """Return whether the daemon has been told to end.
+        """Return whether the daemon ends, after a moment for its signal to come.
 
-        The filter may have been told a moment earlier (systemd signals both).
+        systemd signals the filter as well, and perhaps first.
         """
         draining = self._shared.shutdown.draining.fileno()
         return bool(await_readable(STOP_NOTICE, draining))
 
     # To the server
 
-    def _send(self, *, is_stream: bool) -> Reply:
-        """Send DATA and the message; return the server's reply.
-
-        `is_stream` says that the message still has to come from the client.
-        """
+    def _send(self) -> Reply:
+        """Send DATA and the message; return the server's reply."""
         server = self._session.server
-        field = b"" if self.status == Status.SKIPPED else self._session.header_field()
-        reply = self._server_reply = server.ask_for_data()
-        if reply.code == 354:
-            if is_stream:
-                self._invite(reply)
-                self._keep_alive.stop()  # NOOP would become mail data
-            blocks = self._incoming() if is_stream else self.message.blocks()
-            try:
-                reply = self._transmit(blocks, field)
-            except OSError as error:
-                text = f"error reading cache file: {reason(error)}"
-                raise Hangup(text, LOCAL_ERROR) from error
-            self._is_open = False
-        elif is_stream:
-            self._session.expect_silence()
+        field = self._session.header_field() if self._adds_header else b""
+        reply = server.ask_for_data()
+        if reply.code != 354:
+            if self._is_streamed:
+                self._session.expect_silence()
+            self._server_reply, self.status = reply, reply.text
+            return reply
+        if self._is_streamed:
+            self._invite(reply)
+            self._keep_alive.stop()  # NOOP would become mail data
+        blocks = self._incoming() if self._is_streamed else self.message.blocks()
+        try:
+            reply = self._transmit(blocks, field)
+        except OSError as error:
+            text = f"error reading cache file: {reason(error)}"
+            raise Hangup(text, LOCAL_ERROR) from error
+        self._is_open = False
         if not reply.is_success:
             self.status = reply.text
         return reply
@@ -4971,11 +4980,11 @@ _FIRST_TLS_STATES = {
 
 
 class XclientState(Enum):
-    """Whether the server has been told the client's address."""
+    """Whether the server has the client's address by XCLIENT."""
 
     DUE = auto()
-    TRIED = auto()  # not offered, but another EHLO may be answered by an offer
-    DONE = auto()  # told, or refused, or not wanted
+    TRIED = auto()  # in vain, since it was not offered; a later EHLO may find it
+    DONE = auto()  # sent, or refused, or not wanted
 
 
 MAX_ERRORS = 100  # commands that we refuse in a session, before it ends
@@ -5009,7 +5018,8 @@ class Session:
         self._xclient_state = (
             XclientState.DUE if self.config.xclient else XclientState.DONE
         )
-        self._xclient_refusal: Optional[Reply] = None  # which all commands get now
+        # The server's, for HELO, EHLO and MAIL from now on.
+        self._xclient_refusal: Optional[Reply] = None
         self._is_authenticated = False
         self._server_has_size = False
         self._errors = 0  # of the client, since the start
@@ -5329,9 +5339,7 @@ class Session:
     def _refuse(self, refusal: Refusal) -> None:
         """Answer what we refuse ourselves; `Hangup` after too many errors."""
         if self._state is State.AUTHENTICATION:
-            # The challenge stays without the answer that we refused.
-            self._state = State.COMMAND
-            self.server.own_command(b"*")
+            self._cancel_authentication()
         self.answer(refusal.reply)
         if refusal.is_error:
             self._errors += 1
@@ -5341,6 +5349,11 @@ class Session:
                 or self._errors_in_a_row >= MAX_ERRORS_IN_A_ROW
             ):
                 raise Hangup("client made too many errors", TOO_MANY_ERRORS)
+
+    def _cancel_authentication(self) -> None:
+        """Cancel the exchange, whose challenge stays unanswered (RFC 4954)."""
+        self._state = State.COMMAND
+        self.server.own_command(b"*")
 
     # The handlers of `VERBS`: each returns the reply, or None if the client has it, and
     # raises `Refusal` to refuse the command, or `Hangup` to end the session.
@@ -5371,16 +5384,10 @@ class Session:
         self._check_xclient_refusal()
         is_extended = command.verb == b"EHLO"
         reply = self._relay(command)
-        if reply.code == 250:
-            # XCLIENT is not announced to HELO; then it is worth a try.
-            offered = (
-                offered_attributes(reply, b"XCLIENT")
-                if is_extended
-                else XCLIENT_UNLISTED
-            )
-            if self._send_xclient(offered, command):
-                # The server is back at its greeting, and may offer other things.
-                reply = self._relay(command)
+        ehlo_reply = reply if is_extended else None
+        if reply.code == 250 and self._send_xclient(command, ehlo_reply):
+            # The server is back at its greeting, and may offer other things.
+            reply = self._relay(command)
         if reply.code != 250:
             return reply
         self._envelope = Envelope()
@@ -5424,22 +5431,29 @@ class Session:
         self.shared.statistics.count("encrypted")
 
     def _send_xclient(
-        self, offered: Optional[frozenset[bytes]], hello: Optional[Command]
+        self, hello: Optional[Command], ehlo_reply: Optional[Reply]
     ) -> bool:
-        """Send the client's address by XCLIENT, once; return whether it was accepted.
+        """Send the client's address by XCLIENT; return whether it was accepted.
 
-        `offered` are the attributes that the server lists, None if it has no XCLIENT.
+        `hello` is the client's HELO or EHLO, if it has sent one.  Without a reply to
+        EHLO nobody knows what the server offers: then XCLIENT is worth one try.
         Raises `Refusal` with the server's reply if that is about the client.
         """
-        is_listed = offered is not None and offered is not XCLIENT_UNLISTED
         if self._xclient_state is XclientState.DONE:
             return False
-        if self._xclient_state is XclientState.TRIED and not is_listed:
+        offered = None
+        if ehlo_reply is not None:
+            offered = offered_attributes(ehlo_reply, b"XCLIENT")
+        if offered is not None:
+            self._xclient_state = XclientState.DONE
+        elif self._xclient_state is XclientState.TRIED:
             return False
-        self._xclient_state = XclientState.DONE if is_listed else XclientState.TRIED
-        if offered is None:
-            self.log.warning("server didn't offer XCLIENT")
-            return False
+        else:
+            self._xclient_state = XclientState.TRIED
+            if ehlo_reply is not None:
+                self.log.warning("server didn't offer XCLIENT")
+                return False
+            offered = XCLIENT_UNLISTED
         peers = self.client_peer, self.local_peer
         line = xclient_command(offered, *peers, hello)
         shortest = xclient_command(frozenset(), *peers, None)
@@ -5467,7 +5481,7 @@ class Session:
             raise Refusal(self._xclient_refusal, is_error=False)
 
     def _begin_envelope(self) -> None:
-        """Note that a transaction is begun, if FilterReject allows any."""
+        """Note that MAIL or RCPT has come; `Refusal` with FilterType: reject."""
         self._envelope.has_begun = True
         if self._rejects:
             raise Refusal(self.config.filter_reject, is_error=False)
@@ -5475,7 +5489,7 @@ class Session:
     def _mail(self, command: Command) -> Reply:
         self._begin_envelope()
         # Not every server insists on EHLO, but each must know whose mail it is.
-        self._send_xclient(XCLIENT_UNLISTED, None)
+        self._send_xclient(None, None)
         self._check_xclient_refusal()
         path = read_path(command.argument, b"FROM")
         if self.config.max_message_size:
@@ -5511,16 +5525,17 @@ class Session:
         if not self._envelope.is_complete:
             self._refuse_data(NO_TRANSACTION)
         envelope, self._envelope = self._envelope, Envelope()
-        unfiltered = ""
+        unfiltered_status = None
         if not self.config.has_filter:
-            unfiltered = Status.PASSED
+            unfiltered_status = Status.PASSED
         elif self._skips:
-            unfiltered = Status.SKIPPED
+            unfiltered_status = Status.SKIPPED
         self._state = State.DATA
         variables = envelope.filter_variables(
             self.client_peer, self.server_peer, self.client_cipher
         )
-        Transaction(self.shared, self.log, variables).run(self, envelope, unfiltered)
+        transaction = Transaction(self.shared, self.log, variables)
+        transaction.run(self, envelope, unfiltered_status)
         if self._state is State.DATA:
             self._state = State.COMMAND
 
@@ -5570,7 +5585,7 @@ class Session:
         return self.config.filter_type is FilterType.REJECT and not self._skips
 
     def _log_rejection(self) -> None:
-        """Log, once a session, that a client sends DATA despite FilterReject."""
+        """Count a DATA despite FilterReject, and log the first of a session."""
         self.shared.statistics.note_message(Status.REJECTED, 0)
         if not self._has_logged_rejection:
             self._has_logged_rejection = True
@@ -5665,7 +5680,7 @@ class Listener(socketserver.ThreadingTCPServer):
 
     It is bound once, and then served by this process or by each worker: `attach`,
     `serve` until a signal comes, `end`.  A connection beyond MaxConnections, or one
-    that the system has no resources for, is told so and closed.
+    that the system has no resources for, is refused and closed.
     """
 
     allow_reuse_address = True
@@ -5833,6 +5848,7 @@ class Listener(socketserver.ThreadingTCPServer):
             # Sessions must not take all memory: without any, CPython's handling of an
             # exception may start again and again.
             mmap.mmap(-1, MEMORY_MARGIN, mmap.MAP_PRIVATE).close()
+            # The session gets both as socketserver's client_address.
             self._session_threads.start(request, (number, client_address))
             self.shared.statistics.count("accepted")
         except (OSError, RuntimeError, MemoryError) as error:
@@ -5849,10 +5865,12 @@ class Listener(socketserver.ThreadingTCPServer):
             if self._is_closing:
                 self._signals.wake()
 
-    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
+    def handle_error(self, request: Any, client_address: Any) -> None:
         """Refuse a client whose session failed by a fault of ours."""
         self._refuse(request, NO_RESOURCES)
-        log_fault(self._log, "session", *sys.exc_info())
+        number, _ = client_address
+        log = self._log.with_prefix(f"{number:06X}: ")
+        log_fault(log, "session", *sys.exc_info())
 
     def shutdown_request(self, request: Any) -> None:
         """Close a connection; a session has done all that comes before."""
@@ -7757,7 +7775,10 @@ def log_fault(
     fault: BaseException,
     where: Any,
 ) -> None:
-    """Log that this has failed, and the traceback (`sys.excepthook`)."""
+    """Log that `what` has failed, and the traceback.
+
+    The other arguments are those of `sys.excepthook`.
+    """
     try:
         import traceback  # only a fault needs it
 

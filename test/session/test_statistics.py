@@ -15,7 +15,7 @@ import pytest
 
 from helpers import QUEUED, Daemon, MakeServer, StartDaemon, deliver, poll
 from proxsmtpd import Statistics, describe_times
-from smtp import Delay, ScriptedServer
+from smtp import Close, Delay, Reply, ScriptedServer
 
 MESSAGE = b"Subject: test\r\n\r\n.Hello\r\n"
 STUFFED = b"Subject: test\r\n\r\n..Hello\r\n"
@@ -327,14 +327,15 @@ def test_details_of_a_filtered_message(
         assert 0 <= float(found[side]) < 30
 
 
-WITHOUT = {
+WITHOUT: dict[str, tuple[dict[str, str], dict[str, Reply], list[str]]] = {
     "refused by the filter": ({"FilterCommand": "exit 1"}, {}, ["size", "filter"]),
     "passed": ({}, {}, ["size", "server", "reply"]),
     "refused at DATA": (
         {"FilterCommand": "cat"},
         {"DATA": b"451 no\r\n"},
-        ["size", "filter", "server", "reply"],
+        ["size", "filter", "reply"],
     ),
+    "lost at the end": ({"FilterCommand": "cat"}, {"DOT": Close()}, ["size", "filter"]),
     "refused at the end": (
         {"FilterCommand": "cat"},
         {"DOT": b"554 no\r\n"},
@@ -346,7 +347,7 @@ WITHOUT = {
 @pytest.mark.parametrize(("settings", "script", "names"), WITHOUT.values(), ids=WITHOUT)
 def test_details_leave_out_what_is_not_known(
     settings: dict[str, str],
-    script: dict[str, bytes],
+    script: dict[str, Reply],
     names: list[str],
     proxsmtpd: StartDaemon,
     make_server: MakeServer,
