@@ -388,6 +388,19 @@ def test_message_id(command: str, proxsmtpd: StartDaemon) -> None:
     assert ids == IDS
 
 
+def test_filter_counts_where_the_server_is_lost(
+    proxsmtpd: StartDaemon, make_server: MakeServer
+) -> None:
+    server = make_server({"DOT": Close()})
+    daemon = proxsmtpd({"FilterCommand": "cat"}, level=2, server=server)
+    assert daemon.connect().message(STUFFED).startswith(b"421")
+    found = report_when_idle(daemon)
+    assert found.kinds == "1 421"
+    assert found.filter is not None
+    assert found.filter.number == 1
+    assert found.server is None
+
+
 # --- The signal ---
 
 

@@ -1023,7 +1023,7 @@ def test_fault_of_ours_ends_the_connection(
     if not is_encrypted:
         assert client.reply() == b"421 Local Error, try again later\r\n"
     assert client.at_end()
-    daemon.wait_log("session failed: ZeroDivisionError: a fault of ours")
+    daemon.wait_log(": [0-9A-F]{6}: session failed: ZeroDivisionError: a fault of ours")
 
 
 # --- Many at once ---
