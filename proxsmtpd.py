@@ -2404,6 +2404,9 @@ class Log:
     def with_prefix(self, prefix: str) -> Log:
         return Log(self.level, *self.places, prefix=prefix)
 
+    def of_session(self, number: int) -> Log:
+        return self.with_prefix(f"{number:06X}: ")
+
     def write(self, level: int, text: str) -> None:
         """Log a text; a very long one takes several lines, marked with dots."""
         if level > self.level:
@@ -4511,7 +4514,7 @@ class Transaction:
         self._variables = variables
         self._begun = time.monotonic()
         self._session: Session  # from `run` on, as the next one
-        self._keep_alive = KeepAlive(0)
+        self._keep_alive = KeepAlive(0)  # likewise: a dry run has no server
         # The mail data as it comes in.
         self._is_streamed = False  # to the server as it comes in: no filter runs
         self._adds_header = True
@@ -4566,22 +4569,19 @@ class Transaction:
             self._is_streamed, self.status = True, unfiltered_status
             self._adds_header = unfiltered_status != Status.SKIPPED
         self._keep_alive = KeepAlive(self._config.keep_alives)
-        statistics = self._shared.statistics
         try:
             with contextlib.closing(self):
                 reply = self._deliver()
         except Hangup as hangup:
             if hangup.reply is not None:
-                times = self.filter_seconds, self._server_seconds
-                statistics.note_message(hangup.reply.text, self.size, *times)
+                self._count(hangup.reply.text)
             session.say_last_word(hangup)
             if hangup.reply is not None:
                 self._log_message(envelope, hangup.reply.text)
             else:
                 self._log.warning("unexpected end of data from client")
             raise
-        times = self.filter_seconds, self._server_seconds
-        statistics.note_message(self.status, self.size, *times)
+        self._count(self.status)
         try:
             # Answer before logging: the log may block, and a client that gives up
             # meanwhile would send an accepted message again.
@@ -4614,6 +4614,10 @@ class Transaction:
                 self._log.error(str(failure))
                 self.status = Status.FILTER_ERROR
             return failure.reply
+
+    def _count(self, status: str) -> None:
+        times = self.filter_seconds, self._server_seconds
+        self._shared.statistics.note_message(status, self.size, *times)
 
     def _log_message(self, envelope: Envelope, status: str) -> None:
         """Log the message, and a line by which it is found in other logs.
@@ -4845,7 +4849,9 @@ class Transaction:
         if self._is_streamed:
             self._invite(reply)
             self._keep_alive.stop()  # NOOP would become mail data
-        blocks = self._incoming() if self._is_streamed else self.message.blocks()
+            blocks = self._incoming()
+        else:
+            blocks = self.message.blocks()
         try:
             reply = self._transmit(blocks, field)
         except OSError as error:
@@ -5005,7 +5011,7 @@ class Session:
         """`number` is the session's in the log.  OSError if the client has gone."""
         self.shared = shared
         self.config = shared.config
-        self.log = shared.log.with_prefix(f"{number:06X}: ")
+        self.log = shared.log.of_session(number)
         self.client = ClientChannel(sock, self.config.timeout, self.log)
         self.client_peer = Peer.of(sockaddr)
         self._local_peer: Optional[Peer] = None  # from a PROXY header, as the next one
@@ -5869,8 +5875,7 @@ class Listener(socketserver.ThreadingTCPServer):
         """Refuse a client whose session failed by a fault of ours."""
         self._refuse(request, NO_RESOURCES)
         number, _ = client_address
-        log = self._log.with_prefix(f"{number:06X}: ")
-        log_fault(log, "session", *sys.exc_info())
+        log_fault(self._log.of_session(number), "session", *sys.exc_info())
 
     def shutdown_request(self, request: Any) -> None:
         """Close a connection; a session has done all that comes before."""
@@ -5952,7 +5957,7 @@ class SessionHandler(socketserver.BaseRequestHandler):
             session = Session(number, self.request, sockaddr, shared)
         except OSError as error:
             # Some systems report only now that the client has gone.
-            shared.log.debug(f"{number:06X}: client gone: {reason(error)}")
+            shared.log.of_session(number).debug(f"client gone: {reason(error)}")
         else:
             session.run()
 
