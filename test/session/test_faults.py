@@ -273,8 +273,7 @@ class Scenario:
     @contextlib.contextmanager
     def busy(self, sessions: int) -> Iterator[None]:
         """So many sessions do nothing but be there, and no thread waits for one."""
-        threads = Path(f"/proc/{self.pid}/task")
-        assert poll(lambda: len(list(threads.iterdir())) == 1)
+        self._await_last_thread()
         with contextlib.ExitStack() as trials:
             for _ in range(sessions):
                 trial = Trial(Case(self.way, "limit", "", "", "", "", 0), self)
@@ -282,7 +281,10 @@ class Scenario:
                 trial.start_server()
                 assert next_reply(trial.connect())
             yield
-        assert poll(lambda: len(list(threads.iterdir())) == 1)
+        self._await_last_thread()
+
+    def _await_last_thread(self) -> None:
+        assert poll(lambda: len(os.listdir(f"/proc/{self.pid}/task")) == 1)
 
     def check_nothing_left(self) -> None:
         """See that the daemon has no more than before: see `footprint`."""

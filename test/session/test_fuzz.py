@@ -67,7 +67,7 @@ from smtp import (
 from soak import Usage
 
 SEED = os.environ.get("FUZZ_SEED", "1")
-ROUNDS = int(os.environ.get("FUZZ_ROUNDS", "100"))
+ROUNDS = int(os.environ.get("FUZZ_ROUNDS", "150"))
 TOO_FEW = "too few rounds to show anything"
 WORKERS = 8
 MOST_MEMORY = 64 * MEGABYTE  # at any time, with eight sessions in full swing

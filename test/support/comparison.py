@@ -103,8 +103,8 @@ class Programs:
         """Have the dialogue with a daemon, new or idle."""
         key = settings_text(dialogue.settings), bool(dialogue.program)
         site = self._sites.pop(key, None) or Site(self._command, dialogue)
-        account = site.run(dialogue, ends=not self._is_shared)
-        if self._is_shared and not account.faults:
+        account = site.run(dialogue, stays=self._is_shared)
+        if not site.has_ended:
             self._sites[key] = site
         return account
 
@@ -142,9 +142,10 @@ class Site:
         self._daemon.wait_listening()
         self._idle = self._daemon.resources()
         self._first_lines = self._daemon.log()
+        self.has_ended = False
 
-    def run(self, dialogue: Dialogue, *, ends: bool) -> Account:
-        """Have the dialogue, and end the daemon (or see that it is idle again)."""
+    def run(self, dialogue: Dialogue, *, stays: bool) -> Account:
+        """Have the dialogue; end the daemon unless it `stays` and is idle again."""
         if dialogue.program:
             self._write_filter(dialogue)
         faults: list[str] = []
@@ -155,15 +156,17 @@ class Site:
             host=SERVER_HOST,
             port=port_of(self._holders[1]),
         ) as server:
+            self.has_ended = True  # if anything in here fails
             try:
                 self._daemon.forget_log()
                 received = converse(self._daemon.port, dialogue.turns)
                 _wait_closed(server)
-                if not ends and not poll(self._is_idle):
-                    faults.append("it is not idle")
+                self.has_ended = not stays or not poll(self._is_idle)
             finally:
-                if ends or faults:
-                    faults += self.finish()
+                if self.has_ended:
+                    faults = self.finish()
+        if stays and self.has_ended:
+            faults.append("it was not idle")
         log = self._first_lines + self._daemon.log()
         return Account(
             client=tuple(received),

@@ -176,19 +176,19 @@ def processes() -> set[str]:
 
 
 def marked_processes(
-    mark: str, others: Collection[str] = (), variable: str = ""
+    mark: str, others: Collection[str] = (), *variables: str
 ) -> dict[int, str]:
     """Return the live processes that have the mark, with their names.
 
-    They must have this `variable` (NAME=VALUE) of the environment as well.  It costs
+    They must have these variables (NAME=VALUE) in the environment as well.  It costs
     10 us to look at one, so `others` are those that cannot have it.
     """
     found = {}
-    wanted = {f"{MARKER}={mark}".encode(), variable.encode()}
+    wanted = {word.encode() for word in (f"{MARKER}={mark}", *variables)}
     for pid in processes().difference(others):
         try:
             with open(f"/proc/{pid}/environ", "rb") as environ:
-                if wanted <= {b"", *environ.read().split(b"\0")}:
+                if wanted <= set(environ.read().split(b"\0")):
                     found[int(pid)] = Path(f"/proc/{pid}/comm").read_text().strip()
         except OSError:
             continue  # It has ended meanwhile, or is not ours.
@@ -708,11 +708,10 @@ def idle_user() -> str:
     It is one of those that any system has, though not `some_user`, and its name is
     locked until this process ends: a limit on processes counts those of all daemons.
     """
-    busy = set()
-    for process in Path("/proc").glob("[0-9]*"):
+    busy = {some_user().pw_uid}
+    for process in processes():
         with contextlib.suppress(FileNotFoundError):  # It has ended meanwhile.
-            busy.add(process.stat().st_uid)
-    busy.add(some_user().pw_uid)
+            busy.add(os.stat(f"/proc/{process}").st_uid)
     for entry in pwd.getpwall():
         if 0 < entry.pw_uid < 100 and entry.pw_uid not in busy:
             lock = socket.socket(socket.AF_UNIX)

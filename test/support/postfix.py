@@ -47,12 +47,13 @@ printf 'X-Filter-%s: %s\r\n' Client "$CLIENT" Server "$SERVER" Sender "$SENDER" 
 exec cat
 """
 
-# The directories of its queue, and those of them that setgid_group may enter.
-QUEUE = (
-    "active bounce corrupt defer deferred flush hold incoming maildrop private public"
-    " saved trace"
-).split()
-OF_THE_GROUP = {"maildrop": 0o730, "public": 0o710}
+# The directories of its queue, with their modes: setgid_group may enter some.
+QUEUE = {
+    **dict.fromkeys("active bounce corrupt defer deferred flush hold".split(), 0o700),
+    **dict.fromkeys("incoming private saved trace".split(), 0o700),
+    "maildrop": 0o730,
+    "public": 0o710,
+}
 
 # Seconds between two looks: files give no event that Python can wait for.
 POLL = 0.02
@@ -241,12 +242,11 @@ class PrivatePostfix:
         for name in ("data", "mail"):
             os.chown(self.directory / name, owner.pw_uid, owner.pw_gid)
         (self.directory / "queue/pid").mkdir()
-        for name in QUEUE:
+        for name, mode in QUEUE.items():
             path = self.directory / "queue" / name
             path.mkdir()
-            group = grp.getgrnam("postdrop").gr_gid if name in OF_THE_GROUP else 0
-            os.chown(path, owner.pw_uid, group)
-            path.chmod(OF_THE_GROUP.get(name, 0o700))
+            os.chown(path, owner.pw_uid, grp.getgrnam("postdrop").gr_gid)
+            path.chmod(mode)
         parameters = {**self._parameters(owner), **self._main}
         main = "".join(f"{name} = {value}\n" for name, value in parameters.items())
         self._write("main.cf", main)

@@ -1079,7 +1079,7 @@ def end_of_starved(
             poll(lambda: is_listening(address) or process.poll() is not None)
             if process.poll() is not None:
                 return None
-            crowd(address, clients=12, seconds=1)
+            crowd(address, clients=12, seconds=2)
             assert process.poll() is None
             process.send_signal(signal.SIGUSR1)
             process.send_signal(signal.SIGTERM)

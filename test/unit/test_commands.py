@@ -509,7 +509,7 @@ def processor_seconds(argument: bytes) -> Iterator[float]:
 @pytest.mark.parametrize("start", [b"TO:", b"TO:<", b"TO:a@b("])
 def test_path_is_parsed_in_linear_time(start: bytes, unit: bytes) -> None:
     """Sixteen times the octets take some sixteen times as long, not 256 times."""
-    small, large = 4 * 1024, 64 * 1024
+    small, large = 8 * 1024, 128 * 1024
     seconds = min(processor_seconds(start + unit * (small // len(unit))))
     # Less than a millisecond tells the clock's grain rather than the parser's time.
     bound = max(seconds, 0.001) * 4 * large / small
