@@ -31,6 +31,7 @@ from helpers import (
     StartDaemon,
     children,
     is_listening,
+    marked_processes,
     poll,
     port_of,
     program_under_test,
@@ -829,9 +830,12 @@ def test_worker_killed_while_a_program_does_not_begin(
     daemon.wait_log(": executed filter command")
     os.kill(killed, signal.SIGKILL)
     daemon.wait_log(rf"worker process died \(pid {killed}\): killed by signal 9$")
-    assert other in workers(daemon, 2)
+    found = workers(daemon, 2)
+    assert other in found
     with script.open("wb"):
         pass
+    live = {daemon.process.pid, *found}
+    assert poll(lambda: marked_processes(daemon.mark).keys() == live)
 
 
 def test_passed_socket_that_does_not_listen(proxsmtpd: StartDaemon) -> None:
